@@ -1,0 +1,41 @@
+"""The prefill plug-in point: a method looks at q and k of one layer and decides which key tiles each query tile reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from winnow.registry import Capabilities, Registry
+from winnow.workers.attention.backend import LayerSpec, RawQK
+from winnow.workers.attention.plan import TilePlan
+
+
+class PrefillMethod(ABC):
+    """Decides a `TilePlan`; the shared executor runs it. Subclasses are frozen dataclasses whose fields are parameters."""
+
+    name: ClassVar[str] = ""
+    caps: ClassVar[Capabilities]
+
+    @abstractmethod
+    def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
+        """Choose key tiles.
+
+        Args:
+            q: [B, Hq, N, D] post-RoPE.
+            k: [B, Hkv, M, D] post-RoPE, M >= N; query row i may read key j iff j <= i + (M - N).
+            layer: attention parameters (scale, softcap, window).
+            raw: pre-RoPE q and k of the N rows, where the caller has them.
+
+        Returns:
+            The plan, or None for dense attention. A plan never lists a tile that causality forbids entirely.
+        """
+
+
+prefill_methods: Registry[PrefillMethod] = Registry(
+    kind="prefill method",
+    entry_points="winnow.prefill_methods",
+    modules=("winnow.workers.prefill.methods.dense", "winnow.workers.prefill.methods.flexprefill"),
+)
