@@ -1,0 +1,136 @@
+"""Reading many short texts at once: each document is a sequence of its own, packed with others into one forward pass.
+
+A document's KV does not depend on its neighbours, so it is an ordinary prefix: it goes into the segment store under the
+same keys as a prompt's and is there for the next query. BlockRank's documents are the same thing with a longer frame.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.index.segment import KVSegment
+from winnow.index.store import Lease
+from winnow.workers.attention.backend import LayerSpec, RawQK
+from winnow.workers.attention.executor import attend_plan
+from winnow.workers.ranking.base import RankContext
+
+BATCH_TOKENS = 2048  # tokens of one packed forward: bounds activations and the time until a cancellation is seen
+
+
+@dataclass(frozen=True)
+class Span:
+    """`n_tokens` new tokens of one sequence, which follow the first `start` tokens of `segment`."""
+
+    segment: KVSegment
+    start: int
+    n_tokens: int
+
+
+class PackedBackend:
+    """Causal attention of many sequences in one forward pass; every sequence reads its own segment and its own new tokens.
+
+    Args:
+        spans: the sequences, in the order of the packed tokens.
+        keep: write the new K and V into the segments; otherwise they are gone after their layer.
+    """
+
+    def __init__(self, spans: Sequence[Span], *, keep: bool) -> None:
+        self.spans, self.keep = spans, keep
+
+    def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, raw: RawQK) -> Tensor:
+        """See AttentionBackend; T is the sum of the spans' lengths."""
+        out = torch.empty_like(q)
+        row = 0
+        for span in self.spans:
+            rows = slice(row, row := row + span.n_tokens)
+            keys, values = k[:, rows], v[:, rows]
+            if self.keep:
+                span.segment.write(layer.idx, span.start, keys, values)
+            if span.start:
+                keys = torch.cat([span.segment.k(layer.idx)[:, : span.start], keys], 1)
+                values = torch.cat([span.segment.v(layer.idx)[:, : span.start], values], 1)
+            part, _ = attend_plan(
+                None, q[None, :, rows], keys[None], values[None], scale=layer.scale, softcap=layer.softcap, window=layer.window
+            )
+            out[:, rows] = part[0]
+        return out
+
+
+def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> Iterator[range]:
+    """Consecutive ranges of sequences whose lengths sum to at most `limit`; a longer one stands alone."""
+    first, total = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and total + length > limit:
+            yield range(first, i)
+            first, total = i, 0
+        total += length
+    if first < len(lengths):
+        yield range(first, len(lengths))
+
+
+def forward_packed(ctx: RankContext, spans: Sequence[Span], tokens: Sequence[Sequence[int]], *, keep: bool) -> Tensor:
+    """Run the spans' tokens through the model (see PackedBackend). Returns hidden states [T, hidden]."""
+    device = ctx.model.decoder.device
+    flat = torch.tensor([t for one in tokens for t in one], dtype=torch.int64, device=device)
+    positions = torch.cat([torch.arange(s.start, s.start + s.n_tokens, device=device) for s in spans])
+    ctx.check_cancelled()
+    return ctx.model.decoder.forward(flat, positions, PackedBackend(spans, keep=keep))
+
+
+@contextmanager
+def document_leases(ctx: RankContext, prefixes: Sequence[Sequence[int]]) -> Iterator[list[Lease]]:
+    """Leases on the KV of each prefix, from the store where it is known and computed where it is not. They are read-only.
+
+    Args:
+        prefixes: token ids of each document with its frame; none empty.
+
+    Raises:
+        Overloaded: the store's budget cannot hold the prefixes at once.
+    """
+    leases: list[Lease] = []
+    try:
+        for prefix in prefixes:
+            leases.append(ctx.store.acquire(prefix, 0, tenant=ctx.tenant))
+        missing = [i for i, lease in enumerate(leases) if not lease.is_shared]
+        for batch in batches([len(prefixes[i]) - leases[i].cached_tokens for i in missing]):
+            chosen = [missing[j] for j in batch]
+            rest = [prefixes[i][leases[i].cached_tokens :] for i in chosen]
+            spans = [Span(leases[i].segment, leases[i].cached_tokens, len(r)) for i, r in zip(chosen, rest, strict=True)]
+            kept = [(s, r) for s, r in zip(spans, rest, strict=True) if r]
+            if kept:
+                forward_packed(ctx, [s for s, _ in kept], [r for _, r in kept], keep=True)
+            for i, r in zip(chosen, rest, strict=True):
+                leases[i].segment.advance(r)
+        # Published together: a lease's time begins here, and reading a long list may take longer than one lease.
+        for i in missing:
+            ctx.store.publish(leases[i])
+        yield leases
+    finally:
+        for lease in leases:
+            ctx.store.release(lease.handle)
+
+
+class Renewal:
+    """Keeps leases alive through a long computation: call it now and then."""
+
+    def __init__(self, ctx: RankContext, leases: Sequence[Lease]) -> None:
+        self._ctx, self._leases = ctx, leases
+        self._every_s = ctx.store.config.lease_s / 3
+        self._last_s = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last_s > self._every_s:
+            for lease in self._leases:
+                self._ctx.store.renew(lease.handle)
+            self._last_s = time.monotonic()
+
+
+def cut(ids: Sequence[int], limit: int) -> tuple[list[int], bool]:
+    """The first `limit` tokens, and whether any were lost."""
+    return list(ids[:limit]), len(ids) > limit
