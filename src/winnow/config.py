@@ -31,7 +31,7 @@ class ModelConfig(_Part):
 
     source: str = Field("default", description="default (SmolLM2-135M-Instruct), a folder, a .gguf file, or a hub id")
     name: str = Field("", description="Name clients use; empty = derived from the source")
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="auto = bf16")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="auto = bf16 where the processor computes in it, else fp32")
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto = cuda where there is one")
     threads: int = Field(0, ge=0, description="Torch and FAISS threads of a worker; 0 = all cores this process may use")
 

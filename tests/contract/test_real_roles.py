@@ -1,0 +1,131 @@
+"""The gateway over the real roles in one process: real model, real KV, real engines, nothing played."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from winnow import errors
+from winnow.client_async import AsyncClient
+from winnow.config import KVConfig, WinnowConfig
+from winnow.services.common.auth import mint
+from winnow.services.gateway.server import Gateway
+from winnow.services.roles import ROLES, RoleProcess
+
+SECRET = "a-signing-secret-for-tests-only-0123456789"
+TEXT = "In the year of the long text, nothing much was said about anything at all. " * 8
+
+
+@pytest.fixture
+async def pipeline(config: WinnowConfig, bundle: Any, tmp_path: Any) -> AsyncIterator[tuple[RoleProcess, Gateway, AsyncClient]]:
+    kv = config.kv.model_copy(update={"budget_bytes": 64 << 20, "dir": str(tmp_path / "kv"), "lease_s": 5.0})
+    config = config.model_copy(
+        update={"kv": kv, "telemetry": config.telemetry.model_copy(update={"metrics": False}),
+                "model": config.model.model_copy(update={"threads": 1})}
+    )  # fmt: skip
+    process = RoleProcess("all-0", ROLES, config, None)
+    info = await process.start()
+    gateway = Gateway(config, None, bundle, workers=[info.address], poll_s=0.2)
+    client = AsyncClient(await gateway.start(), mint(SECRET))
+    yield process, gateway, client
+    await client.close()
+    await gateway.stop()
+    await process.stop()
+
+
+async def empty(process: RoleProcess, gateway: Gateway) -> None:
+    async with asyncio.timeout(5):
+        while any(process.ledgers().values()) or len(gateway.calls):
+            await asyncio.sleep(0.02)
+    gateway.admission.check()
+
+
+@pytest.mark.timeout(120)
+async def test_every_call_of_the_public_service_works_on_the_real_pipeline(pipeline: Any) -> None:
+    process, gateway, client = pipeline
+    cold = await client.complete(TEXT, max_tokens=12, no_cache=True)
+    assert cold.finish_reason in ("length", "eos")
+    assert cold.usage.completion_tokens == len(cold.token_ids) > 0
+    first = await client.complete(TEXT, max_tokens=12)
+    again = await client.complete(TEXT, max_tokens=12)
+    assert cold.token_ids == first.token_ids == again.token_ids
+    assert (first.usage.cached_tokens, first.usage.prefill_density) == (0, 1.0)
+    block = KVConfig().block_tokens
+    assert again.usage.cached_tokens >= (first.usage.prompt_tokens - 1) // block * block
+
+    sparse = await client.complete(TEXT, max_tokens=6, decode="retrieval-attention", prefill="flexprefill")
+    assert sparse.usage.fallback_used == ""
+    assert 0 < sparse.usage.keys_read_share <= 1 and 0 < sparse.usage.prefill_density <= 1
+
+    reduced = await client.complete(TEXT, max_tokens=4, reducer="specpc")
+    assert 0 < reduced.usage.prompt_tokens <= reduced.usage.reduced_from_tokens
+
+    logprobs = await client.complete(TEXT, sampling=_sampling(logprobs=3), max_tokens=3)
+    assert len(logprobs.logprobs) == len(logprobs.token_ids)
+    assert all(top[0].token_id == token for top, token in zip(logprobs.logprobs, logprobs.token_ids, strict=True))
+
+    ranking = await client.rank("long text", ["a long text", "something else", ""])
+    assert sorted(i.doc_id for i in ranking.items) == ["0", "1", "2"]
+    assert [i.rank for i in ranking.items] == [1, 2, 3]
+
+    session = await client.open_session(TEXT)
+    for question in ("What was said?", "When?"):
+        last = [c async for c in client.ask(session.session_id, question, max_tokens=4)][-1]
+        assert last.usage.cached_tokens >= session.tokens // block * block, "a question pays for itself only"
+    await client.close_session(session.session_id)
+
+    status = await client.status()
+    assert [(w.info.worker_id, w.state) for w in status.workers] == [("all-0", "serving")]
+    assert {m.slot for m in await client.methods()} == {"prefill", "decode", "draft", "ranker", "index"}
+    await empty(process, gateway)
+
+
+@pytest.mark.promise("R6")
+@pytest.mark.timeout(60)
+async def test_cancelling_a_real_generation_empties_every_ledger(pipeline: Any) -> None:
+    process, gateway, client = pipeline
+    stream = client.generate(TEXT, max_tokens=1000, request_id="c", sampling=_sampling(ignore_eos=True))
+    async for chunk in stream:
+        if chunk.token_ids:
+            await client.cancel("c")
+            break
+    with pytest.raises(errors.Cancelled):
+        async for _ in stream:
+            pass
+    await empty(process, gateway)
+
+
+@pytest.mark.promise("R24")
+@pytest.mark.timeout(60)
+async def test_an_answer_that_fills_the_context_to_the_last_token_works_and_one_more_is_refused(
+    pipeline: Any, bundle: Any
+) -> None:
+    _, _, client = pipeline
+    tokenizer, spec, _ = bundle
+    n_prompt = len(tokenizer.encode_prompt(TEXT))
+    room = spec.max_context - n_prompt
+    long = tokenizer.decode(tokenizer.encode("a" * (room - 8)))
+    prompt = TEXT + long
+    left = spec.max_context - len(tokenizer.encode_prompt(prompt))
+    result = await client.complete(prompt, max_tokens=left, sampling=_sampling(ignore_eos=True))
+    assert (result.finish_reason, result.usage.completion_tokens) == ("length", left)
+    with pytest.raises(errors.ContextTooLong, match=str(spec.max_context)):
+        await client.complete(prompt, max_tokens=left + 1)
+
+
+def _sampling(**fields: Any) -> Any:
+    from winnow.types import Sampling
+
+    return Sampling(**fields)
+
+
+async def test_internal_services_of_a_real_role_refuse_the_public_token(pipeline: Any) -> None:
+    process, _, _ = pipeline
+    async with grpc.aio.insecure_channel(process.info.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/winnow.v1.Worker/Load")(b"", metadata=(("authorization", f"Bearer {mint(SECRET)}"),))
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
