@@ -1,0 +1,145 @@
+"""Which cached entry a prompt can start from: chained block hashes, keyed by tenant, model, layout and method."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
+
+
+def _hash(before: bytes, tokens: Tokens) -> bytes:
+    h = xxhash.xxh3_128(before)
+    h.update(tokens.data)
+    return h.digest()
+
+
+@dataclass(frozen=True)
+class PrefixKeys:
+    """Every key under which one token sequence may be found.
+
+    Attributes:
+        blocks: chained hash after each whole block of tokens; element b covers (b + 1) * block_tokens tokens. Empty for
+            a method that is not prefix-safe.
+        exact: (n_tokens, key) of the sequences that match only as a whole.
+    """
+
+    blocks: tuple[bytes, ...]
+    exact: tuple[tuple[int, bytes], ...]
+
+
+class PrefixIndex:
+    """Maps prefixes to entries. Not thread-safe: the store's lock guards it.
+
+    A sequence of a prefix-safe method is found by any whole number of its blocks, or as a whole whatever its length.
+    One of another method is found only by its exact context, or its exact whole.
+    """
+
+    def __init__(self, model_fingerprint: str, kv_layout: str, block_tokens: int) -> None:
+        self._model = model_fingerprint
+        self._layout = kv_layout
+        self._block_tokens = block_tokens
+        self._at_block: dict[bytes, dict[Hashable, None]] = {}
+        self._exact: dict[bytes, dict[Hashable, int]] = {}
+        self._odd_lengths: dict[bytes, dict[int, int]] = {}  # chained hash -> length of the rest -> entries that end so
+
+    def _root(self, tenant: str, method: str) -> bytes:
+        # Every field is preceded by its length: "a" + "bc" and "ab" + "c" are different keys.
+        text = "".join(f"{len(part)}:{part}" for part in (tenant, self._model, self._layout, method))
+        return xxhash.xxh3_128_digest(text.encode())
+
+    def _chain(self, tokens: Tokens, root: bytes) -> list[bytes]:
+        """Hash after 0, 1, 2 … whole blocks."""
+        chain, size = [root], self._block_tokens
+        for start in range(0, len(tokens) - size + 1, size):
+            chain.append(_hash(chain[-1], tokens[start : start + size]))
+        return chain
+
+    def _whole(self, chain: list[bytes], tokens: Tokens) -> bytes:
+        return _hash(b"end" + chain[-1], tokens[(len(chain) - 1) * self._block_tokens :])
+
+    def add(self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> None:
+        """Make an entry findable."""
+        root = self._root(tenant, method)
+        if method:
+            for n, key in self._method_keys(root, tokens, context_tokens):
+                self._exact.setdefault(key, {})[entry] = n
+            return
+        chain = self._chain(tokens, root)
+        for key in chain[1:]:
+            self._at_block.setdefault(key, {})[entry] = None
+        rest = len(tokens) % self._block_tokens
+        self._exact.setdefault(self._whole(chain, tokens), {})[entry] = len(tokens)
+        if rest:
+            lengths = self._odd_lengths.setdefault(chain[-1], {})
+            lengths[rest] = lengths.get(rest, 0) + 1
+
+    def remove(self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> None:
+        """Undo `add` with the same arguments."""
+        root = self._root(tenant, method)
+        if method:
+            for _, key in self._method_keys(root, tokens, context_tokens):
+                _drop(self._exact, key, entry)
+            return
+        chain = self._chain(tokens, root)
+        for key in chain[1:]:
+            _drop(self._at_block, key, entry)
+        _drop(self._exact, self._whole(chain, tokens), entry)
+        rest = len(tokens) % self._block_tokens
+        if rest:
+            lengths = self._odd_lengths[chain[-1]]
+            lengths[rest] -= 1
+            if not lengths[rest]:
+                del lengths[rest]
+            if not lengths:
+                del self._odd_lengths[chain[-1]]
+
+    def find(self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> tuple[Hashable, int] | None:
+        """The entry that shares the most leading tokens, and how many; None where there is none. Latest entry on ties."""
+        root = self._root(tenant, method)
+        if method:
+            found = [(n, key) for n, key in self._method_keys(root, tokens, context_tokens) if key in self._exact]
+            if not found:
+                return None
+            n, key = max(found)
+            return next(reversed(self._exact[key])), n
+        chain = self._chain(tokens, root)
+        for b in range(len(chain) - 1, -1, -1):
+            at = b * self._block_tokens
+            for rest in sorted(self._odd_lengths.get(chain[b], ()), reverse=True):
+                key = _hash(b"end" + chain[b], tokens[at : at + rest])
+                if at + rest <= len(tokens) and key in self._exact:
+                    return next(reversed(self._exact[key])), at + rest
+            if b and chain[b] in self._at_block:
+                return next(reversed(self._at_block[chain[b]])), at
+        return None
+
+    def find_whole(self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> Hashable | None:
+        """An entry of exactly these tokens, or None."""
+        root = self._root(tenant, method)
+        chain = [] if method else self._chain(tokens, root)
+        found = self._exact.get(self._whole(chain, tokens) if chain else self._method_keys(root, tokens, context_tokens)[-1][1])
+        return next(reversed(found)) if found else None
+
+    def _method_keys(self, root: bytes, tokens: Tokens, context_tokens: int) -> list[tuple[int, bytes]]:
+        """The context (or, without one, the whole as its own context), then the whole under that context."""
+        n = context_tokens or len(tokens)
+        keys = [(n, _hash(b"context" + root, tokens[:n]))]
+        if n < len(tokens):
+            keys.append((len(tokens), _hash(b"whole %d" % n + root, tokens)))
+        return keys
+
+    def entries(self) -> set[Hashable]:
+        """Every entry that can be found; for `check`."""
+        return {entry for table in (self._at_block, self._exact) for found in table.values() for entry in found}
+
+
+def _drop(table: dict[bytes, dict[Hashable, None]] | dict[bytes, dict[Hashable, int]], key: bytes, entry: Hashable) -> None:
+    found = table[key]
+    del found[entry]
+    if not found:
+        del table[key]
