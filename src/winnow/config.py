@@ -31,7 +31,9 @@ class ModelConfig(_Part):
 
     source: str = Field("default", description="default (SmolLM2-135M-Instruct), a folder, a .gguf file, or a hub id")
     name: str = Field("", description="Name clients use; empty = derived from the source")
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field("auto", description="auto = bf16 where the processor computes in it, else fp32")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="auto = bf16 where the processor computes in it, else fp32"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto = cuda where there is one")
     threads: int = Field(0, ge=0, description="Torch and FAISS threads of a worker; 0 = all cores this process may use")
 
@@ -58,7 +60,9 @@ class AuthConfig(_Part):
     """Bearer tokens (JWT, HS256)."""
 
     enabled: bool = Field(True, description="Off only on loopback")
-    secret: str = Field("", repr=False, description="Signing secret, 32 characters or more; empty = made at start-up, kept in the run folder")
+    secret: str = Field(
+        "", repr=False, description="Signing secret, 32 characters or more; empty = made at start-up, kept in the run folder"
+    )
 
 
 class PrefillConfig(_Part):
@@ -199,5 +203,7 @@ def _explain(error: Any) -> str:
         for name in names[:-1]:
             part = part.model_fields[name].annotation
         close = difflib.get_close_matches(names[-1], part.model_fields, n=1)
-        return f"unknown setting {where}" + (f"; did you mean {close[0]}?" if close else f" (known: {', '.join(part.model_fields)})")
+        return f"unknown setting {where}" + (
+            f"; did you mean {close[0]}?" if close else f" (known: {', '.join(part.model_fields)})"
+        )
     return f"{where}: {error['msg'].lower()}"

@@ -37,7 +37,9 @@ class InContextRanker(Ranker):
         max_document_tokens: longer documents are cut from their end and flagged; 0 = what fits the model.
     """
 
-    caps: ClassVar[Capabilities] = Capabilities(exact=False, notes="attention of query to document tokens; wants a model larger than 1B")
+    caps: ClassVar[Capabilities] = Capabilities(
+        exact=False, notes="attention of query to document tokens; wants a model larger than 1B"
+    )
     instruction: str = "Here are some paragraphs:\n\n"
     question: str = "\n\nPlease find information that is relevant to the following query in the paragraphs above.\n\nQuery:"
     empty_query: str = " N/A"
@@ -54,7 +56,9 @@ class InContextRanker(Ranker):
     def scores(self, query: str, documents: Sequence[Document], ctx: RankContext) -> list[tuple[float, bool]]:
         """See `Ranker.scores`. Two short forward passes over all documents' keys, whatever their number."""
         encode, context = ctx.model.tokenizer.encode, ctx.model.spec.max_context
-        frame, question, asked, empty = (encode(t) for t in (self.instruction, self.question, " " + query.strip(), self.empty_query))
+        frame, question, asked, empty = (
+            encode(t) for t in (self.instruction, self.question, " " + query.strip(), self.empty_query)
+        )
         room = context - len(frame) - len(question) - len(asked)
         if room < 1:
             raise ContextTooLong(f"query: {len(asked)} tokens leave no room for a document in {context}; shorten the query")
@@ -75,7 +79,9 @@ class InContextRanker(Ranker):
         tokens = torch.tensor(question + query, device=decoder.device)
         start = keys.n_frame + max(keys.lengths)  # after the longest document: every document ends before the question
         backend = _QuestionBackend(keys, len(query), layers)
-        decoder.forward(tokens, torch.arange(start, start + tokens.numel(), device=decoder.device), backend, n_layers=layers[-1] + 1)
+        decoder.forward(
+            tokens, torch.arange(start, start + tokens.numel(), device=decoder.device), backend, n_layers=layers[-1] + 1
+        )
         assert backend.scores is not None
         return backend.scores
 

@@ -30,7 +30,9 @@ class QueryLikelihood(Ranker):
         wave_documents: documents whose KV is held at once.
     """
 
-    caps: ClassVar[Capabilities] = Capabilities(exact=True, notes="log P(query | document); documents' KV is reused across queries")
+    caps: ClassVar[Capabilities] = Capabilities(
+        exact=True, notes="log P(query | document); documents' KV is reused across queries"
+    )
     bridge: str = "\n\nIn one sentence, this does the following:"
     max_document_tokens: int = 0
     wave_documents: int = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -83,10 +83,17 @@ def generate(
         ).validate()
         text = read_text(file) if file is not None else None
         asked = sys.stdin.read() if question == "-" else question
+        if not asked.strip():
+            raise InvalidRequest("question: empty; ask something, or give the prompt to continue with --raw")
         from winnow.cli.connect import connect
 
-        shared = {"prefill": prefill or None, "decode": decode or None, "reducer": reducer or None, "strict": strict}
-        options = {**shared, "sampling": sampling, "answer_prefix": answer_prefix, "no_cache": no_cache, "deadline_s": timeout}
+        options: dict[str, Any] = {
+            "prefill": prefill or None,
+            "decode": decode or None,
+            "reducer": reducer or None,
+            "strict": strict,
+        }
+        options |= {"sampling": sampling, "answer_prefix": answer_prefix, "no_cache": no_cache, "deadline_s": timeout}
         with connect(address, token, tls_ca) as client:
             if keep and text is not None:
                 with stage_bars(shown=not (as_json or quiet)) as on_stage:
@@ -142,7 +149,7 @@ def show(chunks: Iterator[Chunk], *, stream: bool, quiet: bool, as_json: bool, s
     reason = next((chunk.finish_reason for chunk in reversed(kept) if chunk.finish_reason), "")
     usage = next((chunk.usage for chunk in reversed(kept) if chunk.usage is not None), Usage())
     if as_json:
-        found = [asdict(item) for chunk in kept for token in chunk.logprobs for item in token]
+        found = [[asdict(item) for item in token] for chunk in kept for token in chunk.logprobs]
         extra = {"logprobs": found} if found else {}
         print_json({"text": text, "finish_reason": reason, "usage": asdict(usage), "session_id": session, **extra})
         return

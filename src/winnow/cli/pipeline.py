@@ -13,6 +13,7 @@ from winnow.cli.options import AsJson, ConfigFile, Settings
 from winnow.cli.screen import print_json, stage_bars, stderr, stdout
 from winnow.cli.settings import flags_from
 from winnow.config import WinnowConfig, load_config
+from winnow.errors import Conflict
 
 
 @contextmanager
@@ -69,7 +70,10 @@ def up(
         }
         loaded = load_config(config, flags_from(options, settings))
         from winnow.orchestration import launch
+        from winnow.orchestration import state as run_state
 
+        if run_state.read_state() is not None:  # said before a model is fetched for nothing
+            raise Conflict(run_state.already_running())
         fetch_default_model(loaded, shown=not as_json)
         if foreground:
             code = launch.serve(loaded, single=single, on_progress=lambda text: stderr.print(text, markup=False))

@@ -143,7 +143,9 @@ class _ScoringBackend:
         self.k[layer.idx][:, start:end], self.v[layer.idx][:, start:end] = k, v
         self.filled[layer.idx] = end
         keys, values = self.k[layer.idx][:, :end], self.v[layer.idx][:, :end]
-        out, _ = attend_plan(None, q[None], keys[None], values[None], scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        out, _ = attend_plan(
+            None, q[None], keys[None], values[None], scale=layer.scale, softcap=layer.softcap, window=layer.window
+        )
         if layer.idx >= self.first_layer and end > self.n - self.window:
             self._score(layer, q, keys, start)
         return out[0]

@@ -1,0 +1,177 @@
+"""The Triton kernel against its reference: float32 tight, half precision within its rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from winnow.errors import Unsupported
+from winnow.workers.attention.kernels.tile_attention.kernel import tile_attention
+from winnow.workers.attention.kernels.tile_attention.reference import tile_attention_reference
+from winnow.workers.attention.plan import TileLists, TilePlan
+
+SCALE = 0.25
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # wrong in the interpreter
+
+
+def make(
+    device: str, dtype: torch.dtype, n: int, m: int, *, batch: int = 1, hq: int = 2, hkv: int = 1, d: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q is a transposed view, k and v are slices of a longer cache whose rest is NaN."""
+    gen = torch.Generator().manual_seed(n + m)
+    q = torch.randn(batch, n, hq, d, generator=gen).to(dtype).transpose(1, 2).to(device)
+    cache = torch.full((2, batch, hkv, m + 37, d), torch.nan, dtype=dtype)
+    cache[:, :, :, :m] = torch.randn(2, batch, hkv, m, d, generator=gen).to(dtype)
+    cache = cache.to(device)
+    return q, cache[0][:, :, :m], cache[1][:, :, :m]
+
+
+def make_plan(
+    device: str,
+    n: int,
+    m: int,
+    bq: int,
+    bk: int,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    density: float = 0.3,
+    classes: Tensor | None = None,
+) -> TilePlan:
+    gen = torch.Generator().manual_seed(m)
+    mask = torch.rand(batch, heads, -(-n // bq), -(-m // bk), generator=gen) < density
+    plan = TilePlan.from_mask(
+        mask.to(device), n_rows=n, n_keys=m, block_q=bq, block_k=bk, head_class=classes,
+        sink=torch.full((batch, heads), 5), recent=torch.full((batch, heads), 37),
+    )  # fmt: skip
+    plan.check()
+    return plan
+
+
+def compare(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Outputs start as NaN: an element nobody writes is found."""
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:3], torch.nan, device=q.device)
+    got, got_lse = tile_attention(plan, q, k, v, scale=SCALE, out=out, lse=lse)
+    assert got is out and got_lse is lse
+    expected, expected_lse = tile_attention_reference(plan, q, k, v, scale=SCALE)
+    assert bool(out.isfinite().all())
+    assert float((out.float() - expected).norm() / expected.norm()) < TOLERANCE[q.dtype]
+    torch.testing.assert_close(lse, expected_lse, atol=max(1e-5, TOLERANCE[q.dtype] / 10), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 63, 64, 65])
+def test_lengths_around_a_tile(device: str, dtype: torch.dtype, n: int) -> None:
+    q, k, v = make(device, dtype, n, n)
+    compare(make_plan(device, n, n, 32, 32), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_thousand_keys(device: str, dtype: torch.dtype) -> None:
+    q, k, v = make(device, dtype, 1000, 1000)
+    compare(make_plan(device, 1000, 1000, 128, 128, density=0.1), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m", "bq", "bk"), [(1, 200, 16, 64), (64, 200, 32, 16), (65, 131, 64, 128), (100, 164, 16, 32)])
+def test_more_keys_than_rows(device: str, dtype: torch.dtype, n: int, m: int, bq: int, bk: int) -> None:
+    q, k, v = make(device, dtype, n, m)
+    compare(make_plan(device, n, m, bq, bk), q, k, v)
+
+
+@pytest.mark.parametrize(("hq", "hkv", "heads"), [(4, 2, 4), (4, 2, 2), (4, 2, 1), (6, 3, 3), (3, 3, 1)])
+def test_grouped_heads_and_shared_lists(device: str, hq: int, hkv: int, heads: int) -> None:
+    q, k, v = make(device, torch.float32, 65, 90, batch=2, hq=hq, hkv=hkv)
+    compare(make_plan(device, 65, 90, 32, 32, batch=2, heads=heads), q, k, v)
+    compare(make_plan(device, 65, 90, 32, 32, batch=1, heads=heads), q, k, v)  # one plan for both sequences
+
+
+@pytest.mark.parametrize("head_size", [8, 20, 64, 96])
+def test_head_sizes(device: str, head_size: int) -> None:
+    q, k, v = make(device, torch.float32, 40, 70, d=head_size)
+    compare(make_plan(device, 40, 70, 16, 32), q, k, v)
+
+
+def test_empty_selection_leaves_the_diagonal(device: str) -> None:
+    q, k, v = make(device, torch.float32, 65, 130)
+    compare(make_plan(device, 65, 130, 32, 32, density=0.0), q, k, v)
+
+
+def test_a_row_with_no_list_at_all_gives_zero_and_minus_infinity(device: str) -> None:
+    """No constructor makes such a plan; the kernel must still write every element."""
+    q, k, v = make(device, torch.float32, 40, 40)
+    plan = make_plan(device, 40, 40, 16, 16)
+    rows = plan.full.offsets.numel() - 1
+    empty = TilePlan(
+        40, 40, 16, 16, plan.head_class, TileLists.empty(rows, device), TileLists.empty(rows, device), plan.sink, plan.recent
+    )
+    out = torch.full(q.shape, torch.nan, device=device)
+    lse = torch.full(q.shape[:3], torch.nan, device=device)
+    tile_attention(empty, q, k, v, scale=SCALE, out=out, lse=lse)
+    assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize(("n", "m"), [(65, 65), (50, 130)])
+def test_head_classes_in_one_launch(device: str, n: int, m: int) -> None:
+    q, k, v = make(device, torch.float32, n, m, hq=3, hkv=3)
+    compare(make_plan(device, n, m, 16, 32, heads=3, classes=torch.tensor([[0, 1, 2]])), q, k, v)
+
+
+def test_streaming_heads(device: str) -> None:
+    q, k, v = make(device, torch.float32, 100, 150)
+    for sink, recent in ((0, 1), (4, 40), (0, 33), (70, 100)):
+        plan = TilePlan.streaming(
+            batch=1, mask_heads=1, n_rows=100, n_keys=150, sink=sink, recent=recent, block_q=32, block_k=16, device=device
+        )
+        compare(plan, q, k, v)
+
+
+def test_lists_longer_than_their_content(device: str) -> None:
+    """As they are built on a device without waiting for it."""
+    q, k, v = make(device, torch.float32, 65, 65)
+    plan = make_plan(device, 65, 65, 32, 32)
+    n_tiles = plan.n_k_tiles
+    padded = [TileLists.from_mask(x.to_mask(n_tiles), compact=False) for x in (plan.full, plan.partial)]
+    compare(TilePlan(65, 65, 32, 32, plan.head_class, padded[0], padded[1], plan.sink, plan.recent), q, k, v)
+
+
+def test_every_stride_is_honoured(device: str) -> None:
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(40, 3, 2, 32, generator=gen).to(device)[:, :, :, ::2].permute(2, 1, 0, 3) for _ in range(3))
+    assert q.stride(-1) == 2
+    compare(make_plan(device, 40, 40, 16, 16, batch=2, heads=3), q, k, v)
+
+
+def test_offsets_beyond_31_bits(device: str) -> None:
+    """The second head lies 2**31 elements after the first. Only the touched pages of the buffer exist."""
+    far = 2**31 + 64
+    q, k, v = make(device, torch.float16, 40, 40, hq=2, hkv=2)
+    store = torch.empty(far + 40 * 16, dtype=torch.float16, device=device)
+    wide = store.as_strided((1, 2, 40, 16), (0, far, 16, 1))
+    wide.copy_(k)
+    plan = make_plan(device, 40, 40, 16, 16)
+    out, lse = tile_attention(plan, q, wide, v, scale=SCALE)
+    expected, expected_lse = tile_attention(plan, q, k, v, scale=SCALE)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+def test_what_the_kernel_is_not_made_for_is_refused(device: str) -> None:
+    q, k, v = make(device, torch.float32, 40, 40)
+    with pytest.raises(Unsupported, match="block_q"):
+        tile_attention(make_plan(device, 40, 40, 24, 16), q, k, v, scale=SCALE)
+    q, k, v = make(device, torch.float32, 40, 40, d=300)
+    with pytest.raises(Unsupported, match="head size"):
+        tile_attention(make_plan(device, 40, 40, 16, 16), q, k, v, scale=SCALE)
+
+
+def test_bfloat16_is_refused_where_it_would_be_wrong() -> None:
+    if torch.cuda.is_available():
+        q, k, v = make("cuda", torch.bfloat16, 40, 40)
+        compare(make_plan("cuda", 40, 40, 16, 16), q, k, v)
+        return
+    q, k, v = make("cpu", torch.bfloat16, 40, 40)
+    with pytest.raises(Unsupported, match="bfloat16"):
+        tile_attention(make_plan("cpu", 40, 40, 16, 16), q, k, v, scale=SCALE)

@@ -1,0 +1,31 @@
+"""The kernel compiles for Hopper on a machine without one, uses its matrix instruction and fits its shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES = 227 * 1024  # what one block may have on compute capability 9.0
+CASES = ["bf16,128,128,128", "fp16,64,128,128", "bf16,64,64,64", "bf16,256,128,64", "fp32,64,32,32"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_builds_for_sm_90(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("compile_tile_attention.py")
+    done = subprocess.run([sys.executable, str(script), *CASES], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    builds = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(builds) == len(CASES)
+    for build in builds:
+        assert 0 < build["shared_bytes"] <= SHARED_BYTES, build
+        assert build["cubin_bytes"] > 0, build
+        if build["case"][0] != "fp32":
+            assert build["wgmma"] > 0, build

@@ -1,0 +1,226 @@
+"""The executor against attention written out pair by pair in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from winnow.errors import InvalidRequest, Unsupported
+from winnow.workers.attention import executor, plain, sparse
+from winnow.workers.attention.executor import attend_keys, attend_plan
+from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
+
+SCALE = 0.3
+GEOMETRIES = [  # B, Hq, Hkv, N, M, Bq, Bk
+    (1, 4, 2, 100, 100, 16, 16),
+    (2, 4, 2, 33, 90, 16, 8),
+    (1, 6, 3, 50, 77, 8, 16),
+    (1, 4, 4, 1, 1, 16, 16),
+    (1, 4, 2, 1, 50, 16, 16),
+    (2, 4, 1, 65, 128, 1, 4),
+    (1, 2, 1, 40, 43, 12, 8),
+]
+
+
+def tensors(b: int, hq: int, hkv: int, n: int, m: int, d: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Strided as in real use: q a transposed view, k and v slices of a longer buffer whose rest is NaN."""
+    gen = torch.Generator().manual_seed(n * 1000 + m)
+    q = torch.randn(b, n, hq, d, generator=gen).to(dtype).transpose(1, 2)
+    k, v = (torch.full((b, hkv, m + 9, d), torch.nan, dtype=dtype) for _ in range(2))
+    for x in (k, v):
+        x[:, :, :m] = torch.randn(b, hkv, m, d, generator=gen).to(dtype)
+    return q, k[:, :, :m], v[:, :, :m]
+
+
+def truth(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, softcap: float = 0.0, window: int = 0
+) -> tuple[Tensor, Tensor]:
+    group = q.shape[1] // k.shape[1]
+    logits = q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2) * SCALE
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    n, m = logits.shape[-2:]
+    position, key = torch.arange(n)[:, None] + m - n, torch.arange(m)
+    allowed = (key <= position) & ((key > position - window) if window else True)
+    if keep is not None:
+        allowed = allowed & keep.repeat_interleave(q.shape[1] // keep.shape[1], 1)
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    return (logits.softmax(-1) @ v.double().repeat_interleave(group, 1)).float(), logits.logsumexp(-1).float()
+
+
+def random_plan(
+    geometry: tuple[int, ...], heads: int, density: float, *, batch: int | None = None, classes: bool = False
+) -> TilePlan:
+    b, _, _, n, m, bq, bk = geometry
+    gen = torch.Generator().manual_seed(int(density * 100) + heads)
+    shape = (b if batch is None else batch, heads)
+    mask = torch.rand(*shape, -(-n // bq), -(-m // bk), generator=gen) < density
+    return TilePlan.from_mask(
+        mask,
+        n_rows=n,
+        n_keys=m,
+        block_q=bq,
+        block_k=bk,
+        head_class=torch.randint(0, 3, shape, generator=gen) if classes else None,
+        sink=torch.full(shape, 3),
+        recent=torch.full(shape, 6),
+    )
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (5.0, 0), (0.0, 7), (5.0, 7), (0.0, 1), (0.0, 500)])
+def test_dense_path(geometry: tuple[int, ...], softcap: float, window: int) -> None:
+    q, k, v = tensors(*geometry[:5])
+    out, lse = attend_plan(None, q, k, v, scale=SCALE, softcap=softcap, window=window)
+    expected, expected_lse = truth(q, k, v, None, softcap, window)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("classes", [False, True], ids=["csr", "mixed"])
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (5.0, 0), (0.0, 7), (5.0, 7)])
+def test_plan_path(geometry: tuple[int, ...], density: float, classes: bool, softcap: float, window: int) -> None:
+    q, k, v = tensors(*geometry[:5])
+    for heads in sorted({1, geometry[1], geometry[2]}):
+        plan = random_plan(geometry, heads, density, classes=classes)
+        plan.check()
+        out, lse = attend_plan(plan, q, k, v, scale=SCALE, softcap=softcap, window=window)
+        expected, expected_lse = truth(q, k, v, plan.to_dense_mask(), softcap, window)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_one_plan_serves_every_sequence_of_a_batch() -> None:
+    geometry = (3, 4, 2, 40, 60, 16, 16)
+    q, k, v = tensors(*geometry[:5])
+    for classes in (False, True):
+        plan = random_plan(geometry, 2, 0.3, batch=1, classes=classes)
+        out, _ = attend_plan(plan, q, k, v, scale=SCALE)
+        torch.testing.assert_close(out, truth(q, k, v, plan.to_dense_mask())[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_within_rounding(dtype: torch.dtype) -> None:
+    geometry = (1, 4, 2, 100, 150, 16, 16)
+    q, k, v = tensors(*geometry[:5], dtype=dtype)
+    for plan in (None, random_plan(geometry, 4, 0.3)):
+        out, lse = attend_plan(plan, q, k, v, scale=SCALE)
+        expected, expected_lse = truth(q, k, v, None if plan is None else plan.to_dense_mask())
+        assert out.dtype == dtype
+        assert float((out.double() - expected).norm() / expected.norm()) < 1e-2
+        torch.testing.assert_close(lse, expected_lse, atol=2e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_huge_logits_stay_finite(size: float) -> None:
+    geometry = (1, 4, 2, 64, 100, 16, 16)
+    q, k, v = tensors(*geometry[:5])
+    for plan in (None, random_plan(geometry, 4, 0.3), random_plan(geometry, 4, 0.3, classes=True)):
+        out, lse = attend_plan(plan, q * size, k, v, scale=SCALE)
+        assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+
+
+def test_tiles_that_are_not_listed_are_not_read() -> None:
+    """Keys and values of unlisted tiles are NaN, which any read of them would carry into the output."""
+    geometry = (1, 2, 1, 128, 256, 16, 16)
+    q, k, v = tensors(*geometry[:5])
+    plan = random_plan(geometry, 1, 0.2)
+    listed = plan.tile_mask().any(2)[0, 0].repeat_interleave(16)
+    assert 0.2 < float(listed.float().mean()) <= 1.0
+    only_last = TilePlan.from_mask(torch.zeros(1, 1, 8, 16, dtype=torch.bool), n_rows=128, n_keys=256, block_q=16, block_k=16)
+    k, v = k.clone(), v.clone()
+    k[:, :, :128], v[:, :, :128] = torch.nan, torch.nan
+    assert bool(attend_plan(only_last, q, k, v, scale=SCALE)[0].isfinite().all())
+
+
+def test_gathering_in_small_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = (1, 4, 2, 100, 150, 16, 16)
+    q, k, v = tensors(*geometry[:5])
+    plan = random_plan(geometry, 4, 0.5)
+    whole, _ = attend_plan(plan, q, k, v, scale=SCALE)
+    monkeypatch.setattr(sparse, "_GATHER_BYTES", 1)
+    torch.testing.assert_close(attend_plan(plan, q, k, v, scale=SCALE)[0], whole, atol=1e-6, rtol=1e-6)
+
+
+def test_row_blocks_of_the_plain_path_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(1, 4, 2, 50, 80)
+    for softcap, window in itertools.product((5.0,), (0, 7)):
+        whole, _ = attend_plan(None, q, k, v, scale=SCALE, softcap=softcap, window=window)
+        monkeypatch.setattr(plain, "_LOGIT_BYTES", 4096)
+        pieces, _ = attend_plan(None, q, k, v, scale=SCALE, softcap=softcap, window=window)
+        monkeypatch.undo()
+        torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["token_columns", "row_intervals", "permutation", "column_bias", "residual"])
+def test_a_field_that_cannot_be_run_is_refused_by_name(field: str) -> None:
+    q, k, v = tensors(1, 4, 2, 32, 32)
+    plan = TilePlan.dense(batch=1, mask_heads=1, n_rows=32, n_keys=32)
+    plan = dataclasses.replace(plan, **{field: TileLists.empty(1)})
+    with pytest.raises(Unsupported, match=field):
+        attend_plan(plan, q, k, v, scale=SCALE)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, k, v = tensors(1, 4, 2, 32, 40)
+    plan = TilePlan.dense(batch=1, mask_heads=1, n_rows=32, n_keys=32)
+    with pytest.raises(InvalidRequest, match="32 keys"):
+        attend_plan(plan, q, k, v, scale=SCALE)
+    with pytest.raises(InvalidRequest, match="3 mask heads"):
+        attend_plan(TilePlan.dense(batch=1, mask_heads=3, n_rows=32, n_keys=40), q, k, v, scale=SCALE)
+    with pytest.raises(InvalidRequest, match="multiple"):
+        attend_plan(None, q[:, :3], k, v, scale=SCALE)
+    with pytest.raises(InvalidRequest, match="rows"):
+        attend_plan(None, q, k[:, :, :20], v[:, :, :20], scale=SCALE)
+    with pytest.raises(Unsupported, match="float64"):
+        attend_plan(None, q.double(), k.double(), v.double(), scale=SCALE)
+    csr = random_plan((1, 4, 2, 32, 40, 16, 16), 1, 0.5)
+    with pytest.raises(InvalidRequest, match="partial tiles"):
+        attend_plan(dataclasses.replace(csr, partial=TileLists.empty(2)), q, k, v, scale=SCALE)
+
+
+def test_kinds_of_heads_meet_in_one_plan() -> None:
+    geometry = (1, 3, 3, 64, 64, 16, 16)
+    classes = torch.tensor([[HeadClass.DENSE, HeadClass.STREAMING, HeadClass.CSR]])
+    plan = TilePlan.from_mask(
+        torch.zeros(1, 3, 4, 4, dtype=torch.bool), n_rows=64, n_keys=64, block_q=16, block_k=16,
+        head_class=classes, sink=torch.full((1, 3), 2), recent=torch.full((1, 3), 5),
+    )  # fmt: skip
+    assert plan.kinds == set(HeadClass)
+    q, k, v = tensors(*geometry[:5])
+    out, _ = attend_plan(plan, q, k, v, scale=SCALE)
+    torch.testing.assert_close(out, truth(q, k, v, plan.to_dense_mask())[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("m", [1, 5, 64, 700, 1537])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_one_token_over_a_view_of_a_cache(
+    m: int, softcap: float, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "_SPLIT_KEYS", 256)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    gen = torch.Generator().manual_seed(m)
+    cache = torch.full((2, 2, 2048, 16), torch.nan, dtype=dtype)
+    cache[:, :, :m] = torch.randn(2, 2, m, 16, generator=gen).to(dtype)
+    q = torch.randn(6, 16, generator=gen).to(dtype)
+    k, v = cache[0][:, :m], cache[1][:, :m]
+    out, lse = attend_keys(q, k, v, scale=SCALE, softcap=softcap)
+    expected, expected_lse = truth(q[None, :, None], k[None], v[None], None, softcap)
+    assert out.dtype == lse.dtype == torch.float32 and out.shape == (6, 16) and lse.shape == (6,)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, expected[0, :, 0], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse, expected_lse[0, :, 0], atol=tolerance, rtol=tolerance)
+
+
+def test_one_token_over_no_keys_is_an_empty_partial() -> None:
+    out, lse = attend_keys(torch.randn(4, 8), torch.empty(2, 0, 8), torch.empty(2, 0, 8), scale=1.0)
+    assert torch.equal(out, torch.zeros(4, 8)) and torch.equal(lse, torch.full((4,), -torch.inf))

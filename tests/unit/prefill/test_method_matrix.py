@@ -1,0 +1,252 @@
+"""Property tests P1 to P10 of every prefill method, on every workload that says something about the property."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from method_matrix import METHODS, Row
+from torch import Tensor
+from workloads import WORKLOADS, Shape, Workload
+
+from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.executor import attend_plan
+from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+
+SHAPES = {"square": Shape(320, 320), "ragged": Shape(301, 301), "cached-prefix": Shape(150, 333), "one-row": Shape(1, 257)}
+
+each_method = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.method)
+each_workload = pytest.mark.parametrize("workload", WORKLOADS)
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def layer_for(x: Workload) -> LayerSpec:
+    heads, size = x.q.shape[1], x.q.shape[3]
+    return LayerSpec(0, heads, x.k.shape[1], size, 1 / math.sqrt(size))
+
+
+def create(row: Row, params: dict[str, object] | None = None) -> PrefillMethod:
+    return prefill_methods.create(row.method, dict(row.params if params is None else params))
+
+
+def run(method: PrefillMethod, x: Workload) -> tuple[TilePlan | None, Tensor, Tensor]:
+    plan = method.plan(x.q, x.k, layer_for(x))
+    out, lse = attend_plan(plan, x.q, x.k, x.v, scale=layer_for(x).scale)
+    return plan, out, lse
+
+
+def causal(n: int, m: int) -> Tensor:
+    return torch.ones(n, m, dtype=torch.bool).tril(m - n)
+
+
+def kept(plan: TilePlan | None, x: Workload) -> Tensor:
+    """[B, Hq, N, M] bool."""
+    shape = (*x.q.shape[:3], x.k.shape[2])
+    if plan is None:
+        return causal(*shape[2:]).expand(shape)
+    return plan.to_dense_mask().repeat_interleave(shape[1] // plan.mask_heads, 1)
+
+
+def dense_truth(x: Workload) -> tuple[Tensor, Tensor]:
+    """Output and probabilities of dense attention in float64."""
+    group = x.q.shape[1] // x.k.shape[1]
+    logits = x.q.double() @ x.k.double().repeat_interleave(group, 1).transpose(-1, -2) * layer_for(x).scale
+    probabilities = logits.masked_fill(~causal(*logits.shape[-2:]), -torch.inf).softmax(-1)
+    return probabilities @ x.v.double().repeat_interleave(group, 1), probabilities
+
+
+def test_every_registered_method_has_a_row() -> None:
+    assert sorted(row.method for row in METHODS) == prefill_methods.names()
+
+
+@each_method
+def test_parameters_of_the_row_select_something(row: Row) -> None:
+    """Otherwise the properties below would be checked on dense attention only."""
+    if prefill_methods.get(row.method).caps.exact:
+        assert create(row).plan(*_qk("S2"), layer_for(WORKLOADS["S2"](SHAPES["square"], 1))) is None
+        return
+    plan = create(row).plan(*_qk("S2"), layer_for(WORKLOADS["S2"](SHAPES["square"], 1)))
+    assert plan is not None and plan.density() < 0.9
+
+
+def _qk(name: str) -> tuple[Tensor, Tensor]:
+    x = WORKLOADS[name](SHAPES["square"], 1)
+    return x.q, x.k
+
+
+@each_method
+@each_shape
+@pytest.mark.parametrize("workload", ["S1", "S3", "S7"])
+def test_p1_dense_limit_reproduces_dense_attention(row: Row, shape: Shape, workload: str) -> None:
+    x = WORKLOADS[workload](shape, 1)
+    truth, _ = dense_truth(x)
+    half = Workload(x.q.bfloat16(), x.k.bfloat16(), x.v.bfloat16())
+    half_truth, _ = dense_truth(half)
+    for params in row.dense_limits:
+        _, out, _ = run(create(row, params), x)
+        torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)
+        _, out, _ = run(create(row, params), half)
+        assert float((out.double() - half_truth).norm() / half_truth.norm()) <= 1e-2
+
+
+@each_method
+@each_workload
+@pytest.mark.parametrize("shape", list(SHAPES.values())[:3], ids=list(SHAPES)[:3])
+def test_p2_with_the_plan_kept_later_keys_change_no_earlier_row(row: Row, workload: str, shape: Shape) -> None:
+    x = WORKLOADS[workload](shape, 2)
+    plan, out, lse = run(create(row), x)
+    past = shape.m - shape.n
+    for j in (past + 1, past + shape.n // 2, shape.m - 1):
+        k, v = x.k.clone(), x.v.clone()
+        k[:, :, j:] = -3 * k[:, :, j:]
+        v[:, :, j:] = v[:, :, j:] + 100
+        changed, changed_lse = attend_plan(plan, x.q, k, v, scale=layer_for(x).scale)
+        assert torch.equal(changed[:, :, : j - past], out[:, :, : j - past])
+        assert torch.equal(changed_lse[:, :, : j - past], lse[:, :, : j - past])
+        assert not torch.equal(changed[:, :, j - past :], out[:, :, j - past :])
+
+
+@each_method
+@each_workload
+@each_shape
+def test_p3_error_is_within_the_recall_bound(row: Row, workload: str, shape: Shape) -> None:
+    x = WORKLOADS[workload](shape, 3)
+    plan, out, lse = run(create(row), x)
+    truth, probabilities = dense_truth(x)
+    recall = (probabilities * kept(plan, x)).sum(-1)
+    longest = x.v.double().norm(dim=-1).amax(-1).repeat_interleave(shape.q_heads // shape.kv_heads, 1)[..., None]
+    error = (out.double() - truth).norm(dim=-1)
+    assert bool((error <= 2 * (1 - recall).clamp(min=0) * longest + 1e-4).all())
+    group = shape.q_heads // shape.kv_heads
+    logits = x.q.double() @ x.k.double().repeat_interleave(group, 1).transpose(-1, -2) * layer_for(x).scale
+    exact_lse = logits.masked_fill(~causal(shape.n, shape.m), -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), exact_lse + recall.log(), atol=1e-4, rtol=1e-5)
+
+
+@each_method
+@each_shape
+@pytest.mark.parametrize("kind", ["zeros", "equal", "huge", "one-hot"])
+def test_p4_no_row_is_empty_and_output_is_finite(row: Row, shape: Shape, kind: str) -> None:
+    x = WORKLOADS["S1"](shape, 4)
+    if kind == "zeros":
+        x = Workload(torch.zeros_like(x.q), torch.zeros_like(x.k), x.v)
+    elif kind == "equal":
+        x = Workload(torch.ones_like(x.q), torch.ones_like(x.k), x.v)
+    elif kind == "huge":
+        x = Workload(x.q * 1e2, x.k * 1e2, x.v)
+    else:
+        k = torch.zeros_like(x.k)
+        k[:, :, 0] = 50.0
+        x = Workload(x.q.abs() * 10, k, x.v)
+    plan, out, lse = run(create(row), x)
+    mask = kept(plan, x)
+    own = torch.arange(shape.m - shape.n, shape.m).expand(*mask.shape[:3]).unsqueeze(-1)
+    assert bool(mask.gather(-1, own).all())
+    assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+
+
+@each_method
+@each_shape
+def test_p5_grouped_heads_equal_repeated_heads(row: Row, shape: Shape) -> None:
+    x = WORKLOADS["S7"](shape, 5)
+    group = shape.q_heads // shape.kv_heads
+    repeated = Workload(x.q, x.k.repeat_interleave(group, 1), x.v.repeat_interleave(group, 1))
+    plan, out, lse = run(create(row), x)
+    other_plan, other, other_lse = run(create(row), repeated)
+    assert torch.equal(kept(plan, x), kept(other_plan, repeated))
+    torch.testing.assert_close(out, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, other_lse, atol=1e-5, rtol=1e-5)
+
+
+@each_method
+@pytest.mark.parametrize("m", [129, 255, 257, 300, 319])
+@pytest.mark.parametrize("rows", ["all", "some"])
+def test_p6_what_lies_beyond_a_ragged_end_carries_no_weight(row: Row, m: int, rows: str) -> None:
+    n = m if rows == "all" else m // 2
+    x = WORKLOADS["S7"](Shape(n, m), 6)
+    plan, out, _ = run(create(row), x)
+    room = torch.full((*x.k.shape[:2], m + 70, x.k.shape[3]), torch.nan)  # what follows in memory must not be read
+    k, v = room.clone(), room.clone()
+    k[:, :, :m], v[:, :, :m] = x.k, x.v
+    inside = Workload(x.q, k[:, :, :m], v[:, :, :m])
+    inside_plan, inside_out, _ = run(create(row), inside)
+    assert torch.equal(kept(plan, x), kept(inside_plan, x))
+    torch.testing.assert_close(inside_out, out, atol=1e-6, rtol=1e-6)
+    probabilities = dense_truth(x)[1] * kept(plan, x)
+    truth = (probabilities / probabilities.sum(-1, keepdim=True)) @ x.v.double().repeat_interleave(2, 1)
+    torch.testing.assert_close(out.double(), truth, atol=1e-4, rtol=1e-4)
+
+
+@each_method
+def test_p7_a_packed_batch_equals_one_by_one(row: Row) -> None:
+    """Lengths 1, 257 and 320 in one [heads, tokens, D] pack, and two equal lengths in one batch."""
+    lengths = (1, 257, 320)
+    parts = [WORKLOADS["S7"](Shape(n, n), 7 + n) for n in lengths]
+    pack = Workload(*(torch.cat([getattr(p, name) for p in parts], 2) for name in ("q", "k", "v")))
+    start = 0
+    for part, n in zip(parts, lengths, strict=True):
+        view = Workload(*(getattr(pack, name)[:, :, start : start + n] for name in ("q", "k", "v")))
+        plan, out, _ = run(create(row), part)
+        packed_plan, packed, _ = run(create(row), view)
+        assert torch.equal(kept(plan, part), kept(packed_plan, part))
+        torch.testing.assert_close(packed, out, atol=1e-6, rtol=1e-6)
+        start += n
+    pair = [WORKLOADS[name](SHAPES["ragged"], 70) for name in ("S2", "S4")]
+    both = Workload(*(torch.cat([getattr(p, name) for p in pair], 0) for name in ("q", "k", "v")))
+    plan, out, _ = run(create(row), both)
+    for i, part in enumerate(pair):
+        one_plan, one, _ = run(create(row), part)
+        assert torch.equal(kept(plan, both)[i : i + 1], kept(one_plan, part))
+        torch.testing.assert_close(out[i : i + 1], one, atol=1e-5, rtol=1e-5)
+
+
+@each_method
+def test_p8_chunks_give_the_one_shot_plan_where_a_method_says_so(row: Row) -> None:
+    x = WORKLOADS["S7"](SHAPES["square"], 8)
+    method = create(row)
+    plan, out, _ = run(method, x)
+    step = 128
+    pieces, masks = [], []
+    for start in range(0, 320, step):
+        stop = min(320, start + step)
+        part = Workload(x.q[:, :, start:stop], x.k[:, :, :stop], x.v[:, :, :stop])
+        part_plan, part_out, _ = run(method, part)
+        pieces.append(part_out)
+        masks.append(torch.nn.functional.pad(kept(part_plan, part), (0, 320 - stop)))
+    same = torch.equal(torch.cat(masks, 2), kept(plan, x))
+    assert same == (method.caps.prefix_safe and method.caps.chunked)
+    if same:
+        torch.testing.assert_close(torch.cat(pieces, 2), out, atol=1e-5, rtol=1e-5)
+
+
+@each_method
+@each_workload
+def test_p9_same_inputs_give_the_same_plan(row: Row, workload: str) -> None:
+    x = WORKLOADS[workload](SHAPES["ragged"], 9)
+    first, out, _ = run(create(row), x)
+    second, again, _ = run(create(row), Workload(x.q.clone(), x.k.clone(), x.v.clone()))
+    assert torch.equal(kept(first, x), kept(second, x))
+    assert torch.equal(out, again)
+
+
+@each_method
+def test_p9_ties_go_to_the_lower_key(row: Row) -> None:
+    """All keys equal: what a row keeps besides its own tile and its neighbours is the lowest tiles."""
+    x = WORKLOADS["S1"](SHAPES["square"], 9)
+    same = Workload(torch.zeros_like(x.q), torch.zeros_like(x.k), x.v)
+    mask = kept(create(row).plan(same.q, same.k, layer_for(same)), same)
+    assert bool(mask[:, :, -1, 0].all())
+    assert torch.equal(mask, kept(create(row).plan(same.q, same.k, layer_for(same)), same))
+
+
+@each_method
+def test_p10_permuting_heads_permutes_the_output(row: Row) -> None:
+    x = WORKLOADS["S7"](SHAPES["ragged"], 10)
+    kv_order, q_order = [1, 0], [3, 2, 0, 1]  # groups swapped, and the heads of a group
+    moved = Workload(x.q[:, q_order], x.k[:, kv_order], x.v[:, kv_order])
+    plan, out, _ = run(create(row), x)
+    moved_plan, moved_out, _ = run(create(row), moved)
+    assert torch.equal(kept(moved_plan, moved), kept(plan, x)[:, q_order])
+    torch.testing.assert_close(moved_out, out[:, q_order], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,128 @@
+"""The executor: runs any `TilePlan` on any device and returns output and log-sum-exp. Methods decide, this computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from winnow.errors import InvalidRequest, Unsupported
+from winnow.workers.attention import blocks, sparse
+from winnow.workers.attention.dense import dense, masked
+from winnow.workers.attention.lse import merge
+from winnow.workers.attention.plan import HeadClass, TilePlan
+
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_SPLIT_KEYS = 1024  # shorter pieces cost more in merging than they save
+
+
+def attend_plan(
+    plan: TilePlan | None, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, window: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Attention of N rows over the keys a plan keeps, right-aligned causal.
+
+    Args:
+        plan: None = dense. Its mask heads may be the query heads, the KV heads or 1; its batch that of q, or 1.
+        q: [B, Hq, N, D], float32, float16 or bfloat16, innermost stride 1.
+        k, v: [B, Hkv, M, D], same dtype, M >= N; any outer strides.
+        scale: factor on q.k before the softmax.
+        softcap: logits become softcap * tanh(logits / softcap); 0 = none.
+        window: a row at position p reads keys > p - window only, whatever the plan keeps; 0 = no limit.
+
+    Returns:
+        out [B, Hq, N, D] in q's dtype, and lse [B, Hq, N] float32, natural log, over the keys read.
+
+    Raises:
+        InvalidRequest: shapes that do not fit each other or the plan.
+        Unsupported: a dtype or a field of the plan that cannot be run; the message names it.
+
+    Mutates nothing. Works in float32 inside and rounds once per partial result.
+    """
+    blocks.check_inputs(q, k, v)
+    m = k.shape[2]
+    window = 0 if window >= m else window
+    if plan is not None:
+        _check_plan(plan, q, k)
+    if plan is None or plan.kinds == {HeadClass.DENSE}:
+        if window and not softcap and q.device.type == "cuda":  # a window is a streaming head without a sink
+            plan = TilePlan.streaming(
+                batch=1, mask_heads=1, n_rows=q.shape[2], n_keys=m, sink=0, recent=window, block_k=64, device=q.device
+            )
+            window = 0
+        else:
+            return dense(q, k, v, scale=scale, softcap=softcap, window=window)
+    if window == 0 and q.device.type == "cpu":
+        return sparse.attend(plan, q, k, v, scale=scale, softcap=softcap)
+    if window == 0 and softcap == 0.0 and q.device.type == "cuda":
+        from winnow.workers.attention.kernels.tile_attention.kernel import tile_attention  # triton: absent on most CPU machines
+
+        return tile_attention(plan, q, k, v, scale=scale)
+    return _masked(plan, q, k, v, scale, softcap, window)
+
+
+def attend_keys(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
+    """One query token over all keys given: the decode step.
+
+    Args:
+        q: [Hq, D]. k, v: [Hkv, m, D], same dtype; views of a longer cache are read in place. m = 0 is allowed.
+
+    Returns:
+        out [Hq, D] float32 and lse [Hq] float32; with m = 0, out 0 and lse -inf.
+
+    Cost: reads k and v once; the query heads of a group are rows of one small matrix product.
+    """
+    hq, d = q.shape
+    hkv, m = k.shape[0], k.shape[1]
+    if m == 0:
+        return torch.zeros(hq, d, device=q.device), torch.full((hq,), -torch.inf, device=q.device)
+    if q.device.type != "cpu" or softcap:
+        rows = q.reshape(1, hkv, hq // hkv, d)
+        out, lse = blocks.block(rows, k.unsqueeze(0), v.unsqueeze(0), scale=scale, softcap=softcap)
+        return out.reshape(hq, d).float(), lse.reshape(hq)
+    rows = q.reshape(hkv, 1, hq // hkv, d)  # heads as batch: the kernel's output is then laid out as ours
+    splits = _splits(hkv, m)
+    if splits == 1:
+        out, lse = _flash_cpu(rows, k.unsqueeze(1), v.unsqueeze(1), 0.0, False, scale=scale)
+        return out.view(hq, d).float(), lse.view(hq)
+    # Too few heads to keep all cores busy: the keys of a head are cut into equal pieces, which the kernel sees as heads.
+    size = m // splits
+    pieces_k, pieces_v = (x[:, : splits * size].unflatten(1, (splits, size)) for x in (k, v))
+    out, lse = _flash_cpu(rows.expand(-1, splits, -1, -1), pieces_k, pieces_v, 0.0, False, scale=scale)
+    outs, lses = list(out.unbind(1)), list(lse.unbind(1))
+    if splits * size < m:
+        rest_k, rest_v = (x[:, splits * size :].unsqueeze(1) for x in (k, v))
+        rest, rest_lse = _flash_cpu(rows, rest_k, rest_v, 0.0, False, scale=scale)
+        outs.append(rest[:, 0])
+        lses.append(rest_lse[:, 0])
+    out, lse = merge(outs, lses)
+    return out.reshape(hq, d), lse.reshape(hq)
+
+
+def _splits(hkv: int, m: int) -> int:
+    """Pieces per head that give each of torch's threads work where hkv heads cannot; none shorter than _SPLIT_KEYS."""
+    return max(1, min(-(-torch.get_num_threads() // hkv), m // _SPLIT_KEYS))
+
+
+def _check_plan(plan: TilePlan, q: Tensor, k: Tensor) -> None:
+    fields = plan.unrunnable()
+    if fields:
+        raise Unsupported(f"plan: no executor runs {', '.join(fields)} yet; say it with tiles, or leave it out")
+    if (plan.n_rows, plan.n_keys) != (q.shape[2], k.shape[2]):
+        raise InvalidRequest(f"plan: made for {plan.n_rows} rows and {plan.n_keys} keys, got {q.shape[2]} and {k.shape[2]}")
+    if plan.mask_heads not in (1, k.shape[1], q.shape[1]) or plan.batch not in (1, q.shape[0]):
+        raise InvalidRequest(
+            f"plan: has {plan.batch} sequences and {plan.mask_heads} mask heads; needs {q.shape[0]} (or 1) and "
+            f"{q.shape[1]} query heads, {k.shape[1]} KV heads or 1"
+        )
+    if plan.device != q.device:
+        raise InvalidRequest(f"plan: lies on {plan.device}, q on {q.device}; move one of them")
+
+
+def _masked(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> tuple[Tensor, Tensor]:
+    """A plan together with a window, or with soft-capping on CUDA: exact float32 math over all pairs, in row blocks."""
+    shared = q.shape[1] // plan.mask_heads
+
+    def keep(start: int, stop: int) -> Tensor:
+        mask = plan.to_dense_mask(start, stop)
+        return mask if plan.mask_heads == 1 else mask.repeat_interleave(shared, 1)
+
+    return masked(q, k, v, scale=scale, softcap=softcap, window=window, keep=keep)

@@ -1,0 +1,136 @@
+"""What the prefill engine is asked to do and what it answers: jobs, events, and the handle that cancels one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from winnow.errors import Cancelled, InvalidRequest
+from winnow.index.store import Lease
+from winnow.types import Document, MethodChoice, Ranking, SegmentHandle
+from winnow.workers.prefill.base import PrefillMethod
+from winnow.workers.ranking.base import Ranker
+
+
+@dataclass(frozen=True)
+class PrefillJob:
+    """Compute the KV of `token_ids[:-1]`; the decode engine feeds the last token.
+
+    Attributes:
+        token_ids: the whole prompt, at least one token.
+        tail_tokens: tokens that will be generated after the prompt; the segment gets room for them.
+        method: an instance, a name with parameters, or None for the engine's default.
+        no_cache: neither read nor write the prefix cache.
+        context_tokens: the first n tokens are a context of their own: a method that is not prefix-safe plans over them
+            alone and the rest is dense, so that the context's KV serves other questions. 0 = none.
+        tenant: part of every cache key.
+        query_sample: keep this many query vectors of each layer and head in the segment, for index training.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    tail_tokens: int = 0
+    method: PrefillMethod | MethodChoice | None = None
+    no_cache: bool = False
+    context_tokens: int = 0
+    tenant: str = ""
+    query_sample: int = 0
+
+    def validate(self) -> PrefillJob:
+        """Return self. Raises InvalidRequest naming the field that is out of range."""
+        if not self.token_ids:
+            raise InvalidRequest("token_ids: a prompt needs at least one token, got none")
+        for name in ("tail_tokens", "context_tokens", "query_sample"):
+            if getattr(self, name) < 0:
+                raise InvalidRequest(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.context_tokens > len(self.token_ids):
+            raise InvalidRequest(f"context_tokens must be at most the prompt's {len(self.token_ids)}, got {self.context_tokens}")
+        return self
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """Order documents for a query. `ranker` is an instance, or a name with parameters."""
+
+    request_id: str
+    query: str
+    documents: Sequence[Document]
+    ranker: Ranker | MethodChoice
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Tokens of a prompt whose KV is there, or documents that are scored, out of all."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """The prompt's KV is sealed and leased to the caller, who renews and releases it in the store.
+
+    Attributes:
+        segment: names the KV; its lease belongs to the receiver of this event.
+        lease: the store's own object, for callers in the same process.
+        cached_tokens: tokens taken from the prefix cache.
+        density: kept (query, key) pairs / causal pairs over layers, query heads and computed rows; 1.0 = dense, and 1.0
+            where nothing was computed.
+        queue_s, work_s: seconds from submit to the first step, and from there to the end (other jobs' steps included).
+        fallback_used: the method that stepped in; "" = none.
+    """
+
+    segment: SegmentHandle
+    lease: Lease
+    cached_tokens: int
+    density: float
+    queue_s: float
+    work_s: float
+    fallback_used: str = ""
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """The finished ranking."""
+
+    ranking: Ranking
+    queue_s: float
+    work_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job ended without a result; it holds nothing any more. `error` is `Cancelled` after `JobHandle.cancel`."""
+
+    error: BaseException
+
+
+Event = Progress | PrefillResult | RankResult | Failed
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(eq=False)
+class JobHandle:
+    """A submitted job. Its last event is a result or `Failed`; `finished` is set after that event was delivered."""
+
+    request_id: str
+    on_event: OnEvent
+    finished: threading.Event = field(default_factory=threading.Event)
+    wake: Callable[[], None] = lambda: None
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Stop the job at its next step. Safe from any thread, at any time, any number of times."""
+        self._cancelled.set()
+        self.wake()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def raise_if_cancelled(self) -> None:
+        """Raises Cancelled."""
+        if self.is_cancelled:
+            raise Cancelled("the request was cancelled")

@@ -1,0 +1,92 @@
+"""How one prompt is cut into parts and steps: which tokens go dense or through the method, in chunks or whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from winnow.index.segment import KVSegment
+from winnow.types import MethodChoice
+from winnow.workers.model.decoder import Decoder
+from winnow.workers.prefill.backend import PrefillBackend, Tally, sample_positions
+from winnow.workers.prefill.base import PrefillMethod
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens start .. end-1, planned by `method` (None = dense), `chunk` tokens a forward pass (0 = all, layer by layer)."""
+
+    start: int
+    end: int
+    method: PrefillMethod | None
+    chunk: int
+
+
+def cache_key(method: PrefillMethod) -> str:
+    """Under which the KV may be reused: "" = the shared prefix cache, else by exact context under the same method only.
+
+    Exact and prefix-safe methods share; an approximation does not, though it may be prefix-safe, because a dense request
+    would otherwise be answered from approximate KV (promise R20).
+    """
+    caps = method.caps
+    if caps.exact and caps.prefix_safe:
+        return ""
+    params: dict[str, str] = {}
+    if dataclasses.is_dataclass(method):
+        params = {f.name: str(getattr(method, f.name)) for f in dataclasses.fields(method)}
+    return f"{MethodChoice(method.name, params).spec}@{caps.version}"
+
+
+def plan_parts(method: PrefillMethod, n: int, cached: int, context: int, chunk: int) -> list[Part]:
+    """The parts left to compute of a prompt of n tokens of which the first `cached` are there.
+
+    A method that is not prefix-safe plans over the context alone (the whole prompt where none is named), always from its first
+    token: it is steered by the last tokens it sees, so with the question among them the context's KV would serve only it.
+    """
+    caps = method.caps
+    own = chunk if caps.chunked else 0
+    planner = None if caps.exact else method
+    if caps.prefix_safe:
+        parts = [Part(cached, n, planner, own)]
+    else:
+        border = context or n
+        assert cached == 0 or cached >= border, "the store reuses KV of such a method by whole contexts only"
+        parts = [Part(cached, border, planner, own), Part(max(cached, border), n, None, chunk)]
+    return [part for part in parts if part.start < part.end]
+
+
+def forward_steps(
+    decoder: Decoder, segment: KVSegment, ids: Sequence[int], parts: Sequence[Part], cached: int, n_samples: int, tally: Tally
+) -> Iterator[tuple[int, int]]:
+    """Compute the parts' KV into the segment, a step at a time.
+
+    Args:
+        ids: tokens whose KV the segment shall hold.
+        n_samples: query vectors to keep in the segment's sample, spread over the computed tokens.
+
+    Yields:
+        (work done in this step in token-layers, tokens finished or 0 when a layer was done but no token yet).
+
+    Mutates segment and tally. Closing the iterator stops the work.
+    """
+    tokens = torch.tensor(ids, dtype=torch.int64, device=decoder.device)
+    n_layers = decoder.spec.n_layers
+    sampled = sample_positions(cached, len(ids), n_samples)
+    for part in parts:
+        chunk = part.chunk or part.end - part.start
+        for start in range(part.start, part.end, chunk):
+            end = min(start + chunk, part.end)
+            rows = [(position - start, slot) for slot, position in enumerate(sampled) if start <= position < end]
+            backend = PrefillBackend(segment, start, part.method, tally, rows)
+            positions = torch.arange(start, end, device=decoder.device)
+            if part.chunk:
+                decoder.forward(tokens[start:end], positions, backend)
+            else:
+                for layer in decoder.iter_forward(tokens[start:end], positions, backend):
+                    if layer + 1 < n_layers:
+                        yield end - start, 0
+            segment.advance(ids[start:end])
+            yield (end - start) * (n_layers if part.chunk else 1), end
