@@ -103,12 +103,20 @@ def rank_batch(
     manifest = {"input": hashlib.sha256(data).hexdigest(), "ranker": method or served.default_ranker, "model": served.model}
     log = ResultLog(output, manifest, resume=resume)
     skipped: list[dict[str, Any]] = [{"line": b.number, "reason": b.reason} for b in bad]
-    open_rows = [{"qid": r.qid, "query": r.query, "documents": [asdict(d) for d in r.documents]} for r in wanted if r.qid not in log.done]
+    open_rows = [
+        {"qid": r.qid, "query": r.query, "documents": [asdict(d) for d in r.documents]} for r in wanted if r.qid not in log.done
+    ]
     resumed = len(wanted) - len(open_rows)
     on_progress(resumed, len(wanted))
     try:
         if open_rows:
-            ray.init(address=ray_address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, configure_logging=False)
+            ray.init(
+                address=ray_address,
+                ignore_reinit_error=True,
+                log_to_driver=False,
+                include_dashboard=False,
+                configure_logging=False,
+            )
             ray.data.DataContext.get_current().enable_progress_bars = False
             calls = ray.data.from_items(open_rows, override_num_blocks=min(len(open_rows), 4 * concurrency)).map(
                 _RankCall, fn_constructor_args=(address, token, method, deadline_s), concurrency=concurrency, num_cpus=0.1

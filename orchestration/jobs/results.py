@@ -57,7 +57,9 @@ class ResultLog:
                 record = json.loads(line)
                 done.setdefault(record["qid"], record)
             except (ValueError, KeyError, TypeError):
-                raise CorruptBlock(f"output: line {number} of {RESULTS} is damaged; remove the line to have it done again") from None
+                raise CorruptBlock(
+                    f"output: line {number} of {RESULTS} is damaged; remove the line to have it done again"
+                ) from None
         return done
 
     def add(self, record: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ from winnow.errors import Conflict, CorruptBlock, InvalidRequest
 from winnow.orchestration.jobs.requests import read_requests
 from winnow.orchestration.jobs.results import RESULTS, ResultLog, run_lines
 
-GOOD = json.dumps({"qid": "q1", "query": "sort", "documents": [{"id": "a", "text": "x"}, {"id": 2, "text": "y", "title": "t"}]}).encode()
+GOOD = json.dumps(
+    {"qid": "q1", "query": "sort", "documents": [{"id": "a", "text": "x"}, {"id": 2, "text": "y", "title": "t"}]}
+).encode()
 PEER = json.dumps(
     {"query": {"qid": 7, "text": "sort"}, "candidates": [{"docid": "a", "score": 1.0, "doc": {"title": "T", "contents": "body"}}]}
 ).encode()

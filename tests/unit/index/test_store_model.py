@@ -1,0 +1,307 @@
+"""Random interleavings of acquire, publish, write, release, renew, expire, damage and close against a simple model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from winnow.config import KVConfig
+from winnow.errors import LeaseLost, Overloaded
+from winnow.index.layout import SegmentLayout
+from winnow.index.segment import segment_bytes
+from winnow.index.store import Lease, SegmentStore
+from winnow.types import SegmentHandle
+
+from .kv_fill import assert_holds, fill
+
+T = TypeVar("T")
+BLOCK = 4
+LEASE_S = 10.0
+LAYOUT = SegmentLayout(n_layers=1, n_kv_heads=2, head_size=128, dtype="fp32")  # 2 KiB a token: evictions after a few segments
+TRUNKS = ([5, 6] * 80, [5, 6, 5, 7] * 40)  # few trunks and leaves: most prompts share a prefix with an earlier one
+TOKENS = st.builds(
+    lambda trunk, n, leaf: trunk[:n] + leaf,
+    st.sampled_from(TRUNKS), st.sampled_from([0, 2, 3, 4, 8, 11, 64, 130, 150]), st.sampled_from([[], [1], [2], [1, 2, 3, 4, 5]]),
+)  # fmt: skip
+CONTEXTS = st.sampled_from([0, 0, 3, 8, 11])
+
+
+@dataclass
+class Granted:
+    """A lease as the model sees it."""
+
+    lease: Lease
+    tokens: list[int]  # prompt, then the tail written so far
+    n_prompt: int
+    salt: str
+    use_cache: bool
+    expires: float | None = None  # None until published
+
+    @property
+    def handle(self) -> SegmentHandle:
+        return self.lease.handle
+
+
+@dataclass
+class Entry:
+    """What the cache may answer from."""
+
+    tokens: list[int]
+    tenant: str
+    method: str
+    context: int
+
+
+def usable(entry: Entry, tokens: list[int], tenant: str, method: str, context: int) -> int:
+    """Leading tokens of `tokens` that this entry may serve, by the rules in words: same tenant and method; for a
+    prefix-safe method whole blocks, or the entry whole; for others the same context, or the same whole."""
+    if (entry.tenant, entry.method) != (tenant, method):
+        return 0
+    if method:
+        ours, theirs = context or len(tokens), entry.context or len(entry.tokens)
+        if entry.tokens[:theirs] != tokens[:ours] or ours != theirs:
+            return 0
+        return len(tokens) if entry.tokens == tokens else ours
+    common = next(
+        (i for i, (a, b) in enumerate(zip(entry.tokens, tokens, strict=False)) if a != b), min(len(entry.tokens), len(tokens))
+    )
+    return common if common == len(entry.tokens) else common // BLOCK * BLOCK
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """The model: which leases live until when, and which token sequences entries stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dir = Path(tempfile.mkdtemp(prefix="winnow-test-"))
+        self.now = 0.0
+        config = KVConfig(dir=str(self.dir), budget_bytes=1 << 20, block_tokens=BLOCK, lease_s=LEASE_S)
+        self.store = SegmentStore(LAYOUT, "model", config, "prefill-0", 1, "host", clock=lambda: self.now)
+        self.live: list[Granted] = []
+        self.dead: list[SegmentHandle] = []
+        self.entries: dict[str, Entry] = {}
+        self.last_fencing = 0
+        self.losses = 0
+
+    @initialize()
+    def start(self) -> None:
+        self.store.check()
+
+    def on_disk(self) -> set[str]:
+        assert self.store.folder is not None
+        return {path.stem for path in self.store.folder.glob("*.kv")}
+
+    @staticmethod
+    def pick(data: st.DataObject, items: Sequence[T]) -> T | None:
+        """One of them. Not a precondition of the rule: Hypothesis gives up when too many rules are shut."""
+        return data.draw(st.sampled_from(items)) if items else None
+
+    def expire(self) -> None:
+        """The model's sweep."""
+        for granted in [g for g in self.live if g.expires is not None and g.expires <= self.now]:
+            self.live.remove(granted)
+            self.dead.append(granted.handle)
+            self.losses += 1
+
+    @rule(
+        tokens=TOKENS, tail=st.sampled_from([0, 3, 40]), tenant=st.sampled_from(["", "b"]), method=st.sampled_from(["", "", "m"]),
+        context=CONTEXTS, use_cache=st.sampled_from([True, True, True, False]), publish=st.booleans(),
+    )  # fmt: skip
+    def acquire(
+        self, tokens: list[int], tail: int, tenant: str, method: str, context: int, use_cache: bool, publish: bool
+    ) -> None:
+        self.acquire_one(tokens, tail, tenant, method, min(context, len(tokens)) if method else 0, use_cache, publish)
+
+    def acquire_one(
+        self, tokens: list[int], tail: int, tenant: str, method: str, context: int, use_cache: bool, publish: bool
+    ) -> None:
+        self.expire()
+        before = self.on_disk()
+        held = {g.lease.segment.segment_id for g in self.live}
+        best = max((usable(e, tokens, tenant, method, context) for e in self.entries.values()), default=0) if use_cache else 0
+        need = segment_bytes(LAYOUT, max(1, len(tokens) + tail))
+        spare = self.store.budget_bytes - self.store.stats().bytes
+        try:
+            lease = self.store.acquire(tokens, tail, tenant=tenant, method=method, context_tokens=context, use_cache=use_cache)
+        except Overloaded:
+            sizes = {path.stem: path.stat().st_size for path in self.store.folder.glob("*.kv")} if self.store.folder else {}
+            leased = sum(sizes[sid] for sid in held)
+            assert leased + need > self.store.budget_bytes, "refused although evicting idle entries would have made room"
+            return
+        gone = before - self.on_disk()
+        if lease.is_shared:
+            assert tail == 0 and best == len(tokens) and not gone
+        assert not gone & held, "leased KV was evicted"
+        assert not gone - set(self.entries) or spare < need
+        if gone:
+            assert spare < need, "evicted without need"
+        if lease.cached_tokens != best:
+            assert lease.cached_tokens == 0 and spare < need, "only a tight budget may cost a hit"
+        for sid in gone:
+            self.entries.pop(sid, None)
+        assert lease.fencing > self.last_fencing
+        self.last_fencing = lease.fencing
+        salt = f"{tenant}/{method}/{context if method else ''}/{tokens[: context or None] if method else ''}"
+        assert_holds(lease.segment, tokens[: lease.cached_tokens], salt)
+        granted = Granted(lease, list(tokens), len(tokens), salt, use_cache, self.now + LEASE_S if lease.is_shared else None)
+        self.live.append(granted)
+        if not lease.is_shared:
+            fill(lease.segment, tokens, salt)
+        if publish:
+            self.publish_one(granted, tenant, method, context)
+
+    @rule(
+        data=st.data(),
+        leaf=st.sampled_from([[], [], [1], [3, 3, 3, 3, 3]]),
+        tail=st.sampled_from([0, 0, 3, 40]),
+        publish=st.booleans(),
+    )
+    def acquire_again(self, data: st.DataObject, leaf: list[int], tail: int, publish: bool) -> None:
+        """The prompt of an entry, as it is or longer."""
+        sid = self.pick(data, sorted(self.entries))
+        if sid is not None:
+            e = self.entries[sid]
+            self.acquire_one([*e.tokens, *leaf][:200], tail, e.tenant, e.method, e.context, True, publish)
+
+    def publish_one(self, granted: Granted, tenant: str, method: str, context: int) -> None:
+        handle = self.store.publish(granted.lease)
+        assert handle.checksum and handle.n_tokens == len(granted.tokens)
+        granted.expires = self.now + LEASE_S
+        known = any(
+            (e.tokens, e.tenant, e.method) == (granted.tokens, tenant, method)
+            and (not method or (e.context or len(e.tokens)) == (context or len(granted.tokens)))
+            for e in self.entries.values()
+        )
+        if granted.use_cache and granted.tokens and not known and not granted.lease.is_shared:
+            self.entries[handle.segment_id] = Entry(list(granted.tokens), tenant, method, context)
+
+    @rule(data=st.data(), ids=st.lists(st.integers(0, 1), min_size=1, max_size=3))
+    def write_tail(self, data: st.DataObject, ids: list[int]) -> None:
+        granted = self.pick(data, self.live)
+        if granted is None:
+            return
+        room = granted.lease.segment.capacity - len(granted.tokens)
+        if granted.lease.is_shared or granted.expires is None or room < len(ids):
+            return
+        fill(granted.lease.segment, [*granted.tokens, *ids], granted.salt)
+        granted.tokens += ids
+
+    @rule(data=st.data(), with_tail=st.booleans())
+    def release(self, data: st.DataObject, with_tail: bool) -> None:
+        granted = self.pick(data, self.live)
+        if granted is None:
+            return
+        handle = granted.handle
+        tail = granted.tokens[granted.n_prompt :] if with_tail else []
+        if granted.expires is not None and granted.expires <= self.now:
+            with pytest.raises(LeaseLost):
+                self.store.release(handle, tail)
+            return
+        self.store.release(handle, tail)
+        self.live.remove(granted)
+        self.dead.append(handle)
+        sid = granted.lease.segment.segment_id
+        others = any(g.lease.segment.segment_id == sid for g in self.live)
+        if tail and granted.expires is not None and granted.use_cache and granted.salt.split("/")[1] == "" and not others:
+            self.entries.pop(sid, None)
+            tenant = granted.salt.split("/")[0]
+            if not any((e.tokens, e.tenant, e.method) == (granted.tokens, tenant, "") for e in self.entries.values()):
+                self.entries[sid] = Entry(list(granted.tokens), tenant, "", 0)
+
+    @rule(data=st.data(), ttl=st.sampled_from([0.0, 3.0, 30.0, 1e6]))
+    def renew(self, data: st.DataObject, ttl: float) -> None:
+        granted = self.pick(data, self.live)
+        if granted is None:
+            return
+        if granted.expires is not None and granted.expires <= self.now:
+            with pytest.raises(LeaseLost):
+                self.store.renew(granted.handle, ttl)
+            return
+        given = self.store.renew(granted.handle, ttl)
+        assert given == min(ttl or LEASE_S, 10 * LEASE_S)
+        if granted.expires is not None:
+            granted.expires = self.now + given
+
+    @rule(seconds=st.sampled_from([0.5, 4.0, 11.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def sweep(self) -> None:
+        before = self.losses
+        self.expire()
+        self.store.sweep()
+        assert self.store.stats().lease_losses == self.losses >= before
+
+    @rule(data=st.data())
+    def use_a_stale_handle(self, data: st.DataObject) -> None:
+        handle = self.pick(data, self.dead)
+        if handle is None:
+            return
+        for call in (self.store.get, self.store.renew, self.store.release):
+            with pytest.raises(LeaseLost):
+                call(handle)
+
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        """A bit flips in an idle entry: the next lookup that meets it must drop it."""
+        sid = self.pick(data, sorted(self.entries))
+        if sid is None:
+            return
+        if any(g.lease.segment.segment_id == sid for g in self.live):
+            return
+        self.expire()
+        self.store.sweep()
+        entry = self.entries[sid]
+        segment = self.store._held[sid].segment
+        segment.v(0)[0, 0, 0] += 1.0
+        corrupt = self.store.stats().corrupt
+        lease = self.store.acquire(entry.tokens, 0, tenant=entry.tenant, method=entry.method, context_tokens=entry.context)
+        if self.store.stats().corrupt > corrupt:
+            self.entries.pop(sid)
+        else:  # another entry served it: mend this one
+            segment.v(0)[0, 0, 0] -= 1.0
+        self.last_fencing = lease.fencing
+        self.store.release(lease.handle)
+        for gone in set(self.entries) - self.on_disk():
+            del self.entries[gone]
+
+    @invariant()
+    def holds(self) -> None:
+        self.store.check()
+        stats = self.store.stats()
+        assert stats.entries == len(self.entries)
+        assert stats.bytes <= stats.budget
+        for granted in self.live:
+            if granted.expires is None or granted.expires > self.now:
+                assert_holds(self.store.get(granted.handle), granted.tokens, granted.salt)
+
+    def teardown(self) -> None:
+        for granted in self.live:
+            if granted.expires is None or granted.expires > self.now:
+                self.store.release(granted.handle)
+        self.now += 1e9
+        self.store.sweep()
+        stats = self.store.stats()
+        assert (stats.leases, stats.segments) == (0, stats.entries), "a ledger did not return to zero"
+        self.store.close()
+        assert self.store.folder is not None
+        assert list(self.store.folder.iterdir()) == []
+        shutil.rmtree(self.dir)
+
+
+TestStoreAgainstModel = pytest.mark.promise("R3")(
+    pytest.mark.promise("R12")(pytest.mark.promise("R13")(pytest.mark.timeout(180)(StoreMachine.TestCase)))
+)
+TestStoreAgainstModel.settings = settings(
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
