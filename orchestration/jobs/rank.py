@@ -114,17 +114,14 @@ def rank_batch(
                 address=ray_address,
                 ignore_reinit_error=True,
                 log_to_driver=False,
-                include_dashboard=False,
                 configure_logging=False,
             )
             ray.data.DataContext.get_current().enable_progress_bars = False
             calls = ray.data.from_items(open_rows, override_num_blocks=min(len(open_rows), 4 * concurrency)).map(
                 _RankCall, fn_constructor_args=(address, token, method, deadline_s), concurrency=concurrency, num_cpus=0.1
             )
-            finished = 0
-            for row in calls.iter_rows():
+            for finished, row in enumerate(calls.iter_rows(), start=1):
                 _keep(row, log, skipped, on_error)
-                finished += 1
                 on_progress(resumed + finished, len(wanted))
     finally:
         log.close()

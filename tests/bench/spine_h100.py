@@ -10,6 +10,7 @@ only; logits are checked finite, correctness is the test suite's.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -63,8 +64,10 @@ class RandomSource:
 
 
 def build() -> LoadedModel:
-    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                         vocab_size=128256, max_position_embeddings=131_072 + 8_192, rope_theta=500_000.0)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, max_position_embeddings=131_072 + 8_192, rope_theta=500_000.0,
+    )  # fmt: skip
     spec = ModelSpec.from_config(config)
     torch.manual_seed(0)
     decoder = build_decoder(spec, RandomSource(spec), torch.bfloat16, torch.device("cuda"))
@@ -174,7 +177,7 @@ def decode_rows(model: LoadedModel, store: SegmentStore, context: int = 8_192, n
             ).finished.wait()
             done.wait()
             assert len(times) == new
-            gaps = [b - a for a, b in zip(times[8:], times[9:], strict=False)]
+            gaps = [b - a for a, b in itertools.pairwise(times[8:])]
             per_token.append(statistics.median(gaps) * 1e3)
             store.release(result.segment)
     spec = model.spec

@@ -40,8 +40,12 @@ class SpecPC(PromptReducer):
         reduction: over heads and layers; "max" as in the authors' code, "mean" as in parts of their text.
     """
 
-    caps: ClassVar[Capabilities] = Capabilities(prefix_safe=False, chunked=True, needs=frozenset({"draft"}), fallback="none",
-                                                notes="shortens the prompt to `capacity` tokens; positions are renumbered")  # fmt: skip
+    caps: ClassVar[Capabilities] = Capabilities(
+        prefix_safe=False,
+        needs=frozenset({"draft"}),
+        fallback="none",
+        notes="shortens the prompt to `capacity` tokens; positions are renumbered",
+    )
     capacity: int = 2048
     window: int = 64
     pool: int = 32
