@@ -122,9 +122,8 @@ def floor_s(model: LoadedModel, n_tokens: int, n: int) -> list[float]:
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     linear_s, attention_s = timed(linear, n), timed(attention, n)
-    print(
-        f"  floor {n_tokens}: linear {statistics.median(linear_s):.3f} s, attention {statistics.median(attention_s) * 1e3:.2f} ms a layer"
-    )
+    layer_ms = statistics.median(attention_s) * 1e3
+    print(f"  floor {n_tokens}: linear {statistics.median(linear_s):.3f} s, attention {layer_ms:.2f} ms a layer")
     return [a + b * spec.n_layers for a, b in zip(linear_s, attention_s, strict=True)]
 
 
