@@ -22,6 +22,8 @@ from winnow.workers.model.spec import ModelSpec
 
 MLP_SLICE_TOKENS = 16_384  # 128K tokens at once would need 7.5 GiB for gate and up of an 8B Llama
 
+_FEW_ROWS = 16
+
 
 def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """[T, 2 mlp], gate then up -> activation(gate) * up, [T, mlp]."""
@@ -178,7 +180,7 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [n, hidden] after the final norm -> [n, vocab] float32, final softcap applied."""
-        scores = F.linear(hidden, self.head).float()
+        scores = linear(hidden, self.head).float()
         cap = self.spec.final_softcap
         return scores.div_(cap).tanh_().mul_(cap) if cap else scores
 
@@ -206,7 +208,7 @@ class Decoder:
     def project(self, idx: int, x: Tensor, ropes: Ropes) -> Heads:
         """q, k and v of normed hidden states [T, hidden], before and after RoPE; views of three tensors."""
         spec, w = self.spec, self.layers[idx]
-        heads = F.linear(x, w.qkv, w.qkv_bias).view(x.shape[0], -1, spec.head_size)  # [T, Hq + 2 Hkv, D]
+        heads = linear(x, w.qkv, w.qkv_bias).view(x.shape[0], -1, spec.head_size)  # [T, Hq + 2 Hkv, D]
         raw = heads[:, : self._n_rotated]
         if w.qk_norm is not None:
             raw = rms_norm(raw, w.qk_norm, spec.norm_eps)
@@ -218,7 +220,7 @@ class Decoder:
     def project_out(self, idx: int, mixed: Tensor) -> Tensor:
         """Attention's output [T, Hq * D] -> [T, hidden]."""
         w = self.layers[idx]
-        return F.linear(mixed, w.out, w.out_bias)
+        return linear(mixed, w.out, w.out_bias)
 
     def finish_layer(self, idx: int, x: Tensor, mixed: Tensor) -> None:
         """Add the token mixer's output and the MLP to x [T, hidden], in place."""
@@ -251,9 +253,21 @@ class Decoder:
 
     def _mlp(self, w: LayerWeights, x: Tensor) -> Tensor:
         eps = self.spec.norm_eps
-        gate_up = F.linear(rms_norm(x, w.mlp_norm, eps), w.gate_up, w.gate_up_bias)
-        out = F.linear(self._gate(gate_up), w.down, w.down_bias)
+        gate_up = linear(rms_norm(x, w.mlp_norm, eps), w.gate_up, w.gate_up_bias)
+        out = linear(self._gate(gate_up), w.down, w.down_bias)
         return out if w.post_mlp_norm is None else rms_norm(out, w.post_mlp_norm, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, n] -> x weight^T + bias, [T, m].
+
+    A few float32 rows on a CPU go through weight x^T: the same products, in the order MKL is quick at. Measured on two AVX2
+    cores with SmolLM2's shapes: 1.2 times faster at one row, 1.5 at eight, 2.2 for the output projection.
+    """
+    if x.shape[0] <= _FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu":
+        out = torch.mm(weight, x.T).T.contiguous()
+        return out if bias is None else out.add_(bias)
+    return F.linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
