@@ -11,7 +11,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.errors import Cancelled, InvalidRequest, WorkerLost
@@ -66,7 +65,7 @@ class SegmentIndex:
         self._v: list[Tensor] = [segment.v(layer).view(-1, segment.layout.head_size) for layer in range(segment.layout.n_layers)]
         heads = torch.arange(segment.layout.n_kv_heads, device=segment.device)
         self._row_base = (heads * segment.capacity + self._first).view(-1, 1, 1)
-        self._flat: dict[int, list[NDArray[np.float32]]] = {}  # layer -> per KV head [n, D]
+        self._flat: dict[int, list[Tensor]] = {}  # float32; layer -> per KV head [n, D]
         self._indexes: dict[int, list[KeyIndex]] = {}
         wanted = sorted(range(segment.layout.n_layers) if layers is None else layers)
         if n:
@@ -83,7 +82,7 @@ class SegmentIndex:
                 if is_cancelled is not None and is_cancelled():
                     raise Cancelled("building the index was cancelled")
                 if segment.device.type == "cpu":
-                    self._flat[layer] = [head.float().numpy() for head in self._k[layer]]  # no copy where keys are float32
+                    self._flat[layer] = [head.float() for head in self._k[layer]]  # no copy where keys are float32
                 if on_progress is not None:
                     on_progress(done * n_heads, total)
             return
@@ -155,16 +154,17 @@ class SegmentIndex:
     def _score(self, layer: int, q: Tensor, k: int) -> tuple[Tensor, Tensor, int]:
         """As `_search`, by scoring every key.
 
-        On the CPU one small matrix product for each KV head, keys on the left: 5.5 ms a token where FAISS takes 16 and a
-        batched torch product 10 (30 layers, 3 KV heads of 64, 3.5K keys, one thread); argpartition beats torch.topk 3 to 1.
+        On the CPU one small matrix product for each KV head, keys on the left; then NumPy's argpartition, which beats
+        torch.topk 3 to 1. Torch multiplies and not NumPy, whose BLAS keeps threads of its own that nothing here can limit:
+        beside another busy process they spin and a token takes ten times as long.
         """
         n_kv, group, _ = q.shape
         n = self.n_keys
         if layer in self._flat:
-            rows = q.numpy()
-            scores = np.empty((n_kv, group, n), np.float32)
-            for head, keys in enumerate(self._flat[layer]):
-                scores[head] = (keys @ rows[head].T).T
+            table = torch.empty(n_kv, group, n)
+            for keys, rows, into in zip(self._flat[layer], q, table, strict=True):
+                into.copy_(torch.mm(keys, rows.T).T)
+            scores = table.numpy()
             if k == n:
                 ids = np.broadcast_to(np.arange(n), scores.shape)
                 return torch.from_numpy(ids.copy()), torch.from_numpy(scores), scores.size

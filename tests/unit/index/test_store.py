@@ -180,6 +180,18 @@ def test_a_tail_that_is_not_in_the_segment_is_not_believed(store: SegmentStore, 
     assert store.prefix_tokens([*PROMPT, *tail]) == 23
 
 
+def test_an_entry_does_not_grow_while_another_lease_reads_it(store: SegmentStore) -> None:
+    writer = run(store, PROMPT, keep=True)
+    reader = run(store, PROMPT, tail=0, keep=True)
+    assert reader.is_shared
+    before = reader.handle
+    fill(writer.segment, [*PROMPT, 1])
+    store.release(writer.handle, [1])
+    assert store.prefix_tokens([*PROMPT, 1]) == 23
+    assert reader.handle == before
+    assert_holds(store.get(before), PROMPT)
+
+
 def test_a_tail_after_a_method_that_is_not_prefix_safe_is_left_out(store: SegmentStore) -> None:
     lease = run(store, PROMPT, keep=True, method="m")
     fill(lease.segment, [*PROMPT, 1])
