@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from winnow import telemetry
 from winnow.config import WinnowConfig
 from winnow.index.folder import candidate_folders
 from winnow.index.store import SegmentStore
@@ -42,6 +44,7 @@ class Parts:
     decode: DecodeEngine | None = None
     retrieval: RetrievalServicer | None = None
     draft: DraftServicer | None = None
+    _unwatch: Callable[[], None] | None = None
 
     @classmethod
     def create(cls, config: WinnowConfig, gate: Gate, weights: Weights, roles: tuple[str, ...]) -> Parts:
@@ -62,6 +65,7 @@ class Parts:
             self.store = SegmentStore(
                 weights.layout, model.fingerprint, config.kv, worker_id, epoch, host, model.decoder.device.type
             )
+            self._unwatch = telemetry.watch_store(self.store.stats)
             self.prefill = PrefillEngine(model, self.store, config.prefill).start()
             servicers["Prefill"] = PrefillServicer(self.prefill, self.store, self.gate, config.prefill, config.rank)
             servicers["Segments"] = SegmentsServicer(self.store, self.gate)
@@ -133,6 +137,8 @@ class Parts:
         """Free everything, files too; the engines must have stopped."""
         await self.book.close_all()
         await asyncio.to_thread(self.sessions.close)
+        if self._unwatch is not None:
+            self._unwatch()
         if self.store is not None:
             self.store.close()
         await self.links.close()

@@ -131,7 +131,6 @@ class TelemetryConfig(_Part):
     metrics: bool = Field(True, description="Serve Prometheus metrics on a loopback port of each process")
     metrics_port: int = Field(0, ge=0, le=65535, description="Of the gateway; 0 = any free port; workers always take a free one")
     otlp_endpoint: str = Field("", description="OpenTelemetry collector, host:port; empty = tracing off")
-    trace_calls: bool = Field(False, description="Log shapes and dtypes before each kernel call")
 
 
 class WinnowConfig(BaseSettings):

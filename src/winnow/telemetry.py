@@ -13,13 +13,15 @@ import re
 import secrets
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
 import structlog
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from winnow.config import TelemetryConfig
 from winnow.errors import ConfigError
@@ -163,9 +165,62 @@ TOKENS = Counter("winnow_gateway_tokens_total", "Tokens", ["kind"])  # kind: pro
 FALLBACKS = Counter("winnow_gateway_fallbacks_total", "Exact path in place of a method", ["slot"])
 REJECTS = Counter("winnow_gateway_rejects_total", "Requests refused before work", ["code"])
 RETRIES = Counter("winnow_gateway_retries_total", "Work given to another worker", ["role"])
-EVICTIONS = Counter("winnow_kv_evictions_total", "KV segments evicted from the prefix cache")
 LEASE_LOSSES = Counter("winnow_kv_lease_losses_total", "Leases lost by expiry or to a newer grant")
 WORKERS = Gauge("winnow_gateway_known_workers", "Workers by state", ["state"])
+
+
+class StoreStats(Protocol):
+    """What is shown of a segment store; see `winnow.index.store.StoreStats`."""
+
+    bytes: int
+    segments: int
+    leases: int
+    hits: int
+    misses: int
+    hit_tokens: int
+    evictions: int
+    lease_losses: int
+    corrupt: int
+
+
+class _StoreMetrics(Collector):
+    """The segment stores of this process, read when somebody asks."""
+
+    GAUGES: ClassVar[dict[str, str]] = {
+        "bytes": "KV bytes held, by capacity",
+        "segments": "Live KV segments",
+        "leases": "Leases that are held",
+    }
+    COUNTERS: ClassVar[dict[str, str]] = {
+        "hits": "Prompts that began with cached KV",
+        "misses": "Prompts that did not",
+        "hit_tokens": "Tokens taken from the prefix cache",
+        "evictions": "Cache entries dropped to make room",
+        "lease_losses": "Leases that expired before they were released",
+        "corrupt": "Cache entries found damaged",
+    }
+
+    def __init__(self) -> None:
+        self.stores: list[Callable[[], StoreStats]] = []
+
+    def collect(self) -> Iterator[Metric]:
+        if not self.stores:
+            return
+        stats = [store() for store in tuple(self.stores)]
+        for name, text in self.GAUGES.items():
+            yield GaugeMetricFamily(f"winnow_kv_{name}", text, value=sum(getattr(one, name) for one in stats))
+        for name, text in self.COUNTERS.items():
+            yield CounterMetricFamily(f"winnow_kv_{name}", text, value=sum(getattr(one, name) for one in stats))
+
+
+_store_metrics = _StoreMetrics()
+REGISTRY.register(_store_metrics)
+
+
+def watch_store(stats: Callable[[], StoreStats]) -> Callable[[], None]:
+    """Show a segment store in the metrics; call what is returned when the store closes."""
+    _store_metrics.stores.append(stats)
+    return lambda: _store_metrics.stores.remove(stats)
 
 
 class MetricsServer:

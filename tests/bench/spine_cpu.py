@@ -29,9 +29,11 @@ from results import Row, row, write
 
 from winnow.client import Client
 from winnow.config import WinnowConfig
+from winnow.orchestration.demo.baseline import BM25, mrr_at_10
+from winnow.orchestration.demo.documents import known_items
 from winnow.orchestration.demo.longtext import CITIES, long_text
 from winnow.orchestration.demo.pipeline import own_pipeline
-from winnow.types import Sampling
+from winnow.types import Generation, Message, Sampling
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_keys, attend_plan
 from winnow.workers.attention.lse import merge
@@ -43,8 +45,6 @@ from winnow.workers.model.default_model import ensure_default_model
 from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.model.reference import DenseBackend
 from winnow.workers.prefill.methods.flexprefill import FlexPrefill
-
-SPARSE = {"prefill": "flexprefill", "decode": "retrieval-attention"}
 
 
 def prompt_of(model: LoadedModel, n_tokens: int, start: int = 0) -> tuple[str, list[int]]:
@@ -162,36 +162,66 @@ def throughput(model: LoadedModel, client: Client, n: int, streams: int = 8, new
 
 
 def agreement_rows(model: LoadedModel, client: Client, lengths: list[int], seeds: int) -> Iterator[Row]:
-    """Sparse prefill plus KV retrieval beside dense on prompts with a planted fact; answers, density, keys read."""
+    """Sparse prefill plus KV retrieval beside dense on chats about a text with a planted fact."""
     same, dense_right, sparse_right, density, keys = [], [], [], [], []
     for n_tokens in lengths:
         for seed in range(seeds):
-            base = prompt_of(model, n_tokens, start=200 * seed)[0]
+            paragraphs = prompt_of(model, n_tokens, start=200 * seed)[0].split("\n\n")
             city, number = CITIES[seed % len(CITIES)], str(1_000_003 * (seed + 3))
-            at = base.find("\n", len(base) * (seed + 1) // (seeds + 1))
             stem = f"The special magic number for {city} is: "
-            prompt = f"{base[:at]}\n\n{stem}{number}.\n{base[at:]}\n\nQuestion: what is the magic number?\n{stem.rstrip()}"
-            dense = client.complete(prompt, max_tokens=10, no_cache=True, prefill="dense", decode="dense")
-            sparse = client.complete(prompt, max_tokens=10, no_cache=True, **SPARSE)
+            paragraphs.insert(len(paragraphs) * (seed + 1) // (seeds + 1), f"{stem}{number}.")
+            text = "\n\n".join(paragraphs)
+            messages = [Message("user", f"{text}\n\nWhat is the special magic number for {city}?")]
+
+            def ask(prefill: str, decode: str, messages: list[Message] = messages, stem: str = stem) -> Generation:
+                return client.complete(
+                    messages=messages, answer_prefix=stem, max_tokens=8, no_cache=True, prefill=prefill, decode=decode
+                )
+
+            dense, sparse = ask("dense", "dense"), ask("flexprefill", "retrieval-attention")
             same.append(float(dense.token_ids == sparse.token_ids))
             dense_right.append(float(number in dense.text))
             sparse_right.append(float(number in sparse.text))
             density.append(sparse.usage.prefill_density)
             keys.append(sparse.usage.keys_read_share)
     ones = [1.0] * len(same)
-    note = f"{len(same)} prompts of {lengths} tokens, {SPARSE['prefill']} + {SPARSE['decode']}, 10 greedy tokens"
+    note = f"{len(same)} chats about {lengths} tokens, flexprefill + retrieval-attention, 8 greedy tokens"
     mean = statistics.fmean
     yield row("sparse_agreement", [mean(same)], "share", "dense", [mean(ones)], "identical answers; " + note)
-    yield row("sparse_needle", [mean(sparse_right)], "share", "dense", [mean(dense_right)], "planted fact found; " + note)
+    if any(dense_right):
+        yield row("sparse_needle", [mean(sparse_right)], "share", "dense", [mean(dense_right)], "planted fact found; " + note)
     yield row("sparse_density", density, "share", "dense", ones, "kept / causal pairs of the prefill; " + note)
     yield row("sparse_keys_read", keys, "share", "dense", ones, "keys read / cached while decoding; " + note)
 
 
-class MassBackend:
-    """Dense attention that also works out how much of its mass the sparse methods would have read, from their LSEs."""
+def ranking_rows(client: Client, n_documents: int, n_queries: int) -> Iterator[Row]:
+    """Every ranker beside BM25 on known-item queries: a docstring's first sentence -> its rest."""
+    items = known_items(n_documents)
+    documents = [item.document for item in items]
+    asked = items[:: max(1, len(items) // n_queries)][:n_queries]
+    right = [item.document.doc_id for item in asked]
+    bm25 = BM25(documents)
+    base = mrr_at_10([[doc_id for doc_id, _ in bm25.rank(item.query)] for item in asked], right)
+    for method in ("likelihood", "icr"):
+        seconds, found = [], []
+        for item in asked:
+            start = time.perf_counter()
+            ranking = client.rank(item.query, documents, method=method)
+            seconds.append(time.perf_counter() - start)
+            found.append([one.doc_id for one in ranking.items])
+        note = f"{len(asked)} queries, {len(documents)} documents; median {statistics.median(seconds):.2f} s a query"
+        yield row(f"rank_{method}_mrr10", [mrr_at_10(found, right)], "MRR@10", "BM25", [base], note)
 
-    def __init__(self, dense: DenseBackend, index: SegmentIndex | None = None) -> None:
-        self.dense, self.index = dense, index
+
+class MassBackend:
+    """Dense attention that also works out how much of its mass the sparse methods would have read, from their LSEs.
+
+    Args:
+        index: search it for each query (decode), over a segment of `sealed` tokens; None = FlexPrefill's plan (prefill).
+    """
+
+    def __init__(self, dense: DenseBackend, index: SegmentIndex | None = None, sealed: int = 0) -> None:
+        self.dense, self.sealed = dense, sealed
         self.retrieval = LocalRetrieval(index) if index else None
         self.method = RetrievalAttention()
         self.recalls: list[float] = []
@@ -207,17 +237,15 @@ class MassBackend:
         else:
             query = q[:, 0]
             self.retrieval.submit(layer, query, self.method.top_k)
-            sealed = self.index_end
-            near = torch.cat((keys[:, : self.method.sink_tokens], keys[:, sealed - self.method.recent_tokens :]), 1)
-            near_v = torch.cat((values[:, : self.method.sink_tokens], values[:, sealed - self.method.recent_tokens :]), 1)
+            sink, recent = self.method.sink_tokens, self.sealed - self.method.recent_tokens
+            near = torch.cat((keys[:, :sink], keys[:, recent:]), 1)
+            near_v = torch.cat((values[:, :sink], values[:, recent:]), 1)
             out_w, lse_w = attend_keys(query, near, near_v, scale=layer.scale)
             found = self.retrieval.collect(layer)
             _, kept = merge([out_w, found.out], [lse_w, found.lse])
             _, full = attend_keys(query, keys, values, scale=layer.scale)
         self.recalls.append(float((kept - full).exp().mean()))
         return out
-
-    index_end = 0
 
 
 def recall_rows(model: LoadedModel, engine: LocalEngine, n_tokens: int) -> Iterator[Row]:
@@ -234,8 +262,7 @@ def recall_rows(model: LoadedModel, engine: LocalEngine, n_tokens: int) -> Itera
         result: Any = next(events)
         method = RetrievalAttention()
         index = SegmentIndex(result.lease.segment, "flat", method.sink_tokens, method.recent_tokens)
-        decode = MassBackend(dense, index)
-        decode.index_end = n_tokens - 1
+        decode = MassBackend(dense, index, n_tokens - 1)
         token = ids[-1]
         for step in range(6):
             hidden = decoder.forward(torch.tensor([token]), torch.tensor([n_tokens - 1 + step]), decode)
@@ -268,7 +295,8 @@ def main() -> None:
             Client(address=state.address, token=state.token) as client,
         ):
             keep(pipeline_rows(model, engine, client, n))
-            keep(agreement_rows(model, client, [2048] if quick else [2048, 4096], 1 if quick else 4))
+            keep(agreement_rows(model, client, [2048] if quick else [2048, 4096], 2 if quick else 4))
+            keep(ranking_rows(client, 100, 3 if quick else 25))
     write("spine_cpu.json", rows)
 
 
