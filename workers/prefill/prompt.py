@@ -60,7 +60,7 @@ def plan_parts(method: PrefillMethod, n: int, cached: int, context: int, chunk: 
 
 def forward_steps(
     decoder: Decoder, segment: KVSegment, ids: Sequence[int], parts: Sequence[Part], cached: int, n_samples: int, tally: Tally
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[int]:
     """Compute the parts' KV into the segment, a step at a time.
 
     Args:
@@ -68,7 +68,7 @@ def forward_steps(
         n_samples: query vectors to keep in the segment's sample, spread over the computed tokens.
 
     Yields:
-        (work done in this step in token-layers, tokens finished or 0 when a layer was done but no token yet).
+        Work done in this step, in token-layers.
 
     Mutates segment and tally. Closing the iterator stops the work.
     """
@@ -87,6 +87,6 @@ def forward_steps(
             else:
                 for layer in decoder.iter_forward(tokens[start:end], positions, backend):
                     if layer + 1 < n_layers:
-                        yield end - start, 0
+                        yield end - start
             segment.advance(ids[start:end])
-            yield (end - start) * (n_layers if part.chunk else 1), end
+            yield (end - start) * (n_layers if part.chunk else 1)

@@ -225,11 +225,12 @@ class PrefillEngine:
         self._emit(task, Progress(cached, n))
         parts = plan_parts(method, n, cached, context, self.config.chunk_tokens)
         left = (n - cached) * spec.n_layers
-        for work, done in forward_steps(self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally):
+        steps = forward_steps(self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally)
+        for work in steps:
             left -= work
-            self._settle()
-            if done:
-                self._emit(task, Progress(done, n))
+            self._renew_leases()
+            # A prompt taken whole has no finished token before its last layer: its layers count as their share of it.
+            self._emit(task, Progress(n - -(-left // spec.n_layers), n))
             yield work, left
         self.store.publish(lease)
         now = time.monotonic()
