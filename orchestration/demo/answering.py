@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +17,13 @@ PATHS = {"dense": ("dense", "dense"), "sparse": ("flexprefill", "retrieval-atten
 @dataclass(frozen=True)
 class Question:
     """What is asked about the text. `stem` begins the answer; `expected` is part of a right one ("" = nobody says);
-    `max_tokens` and `stop` end it."""
+    `max_tokens` ends it."""
 
     title: str
     text: str
     stem: str = ""
     expected: str = ""
     max_tokens: int = 48
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def ask(
         answer_prefix=question.stem,
         prefill=prefill,
         decode=decode,
-        sampling=Sampling(max_tokens=question.max_tokens, stop=question.stop),
+        sampling=Sampling(max_tokens=question.max_tokens),
     )
     for chunk in chunks:
         if chunk.stage:
@@ -83,11 +84,6 @@ def ask(
 
 
 def agreement(one: str, other: str) -> float:
-    """Share of the longer answer's words, from the start, that are the same in both: 1.0 = the same text."""
-    a, b = one.split(), other.split()
-    same = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        same += 1
-    return same / max(len(a), len(b), 1)
+    """Words that both answers have in the same order, over the words they have on average: 1.0 = the same words."""
+    a, b = (re.findall(r"\w+", text.lower()) for text in (one, other))
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()

@@ -30,8 +30,8 @@ class LongText:
 
     @property
     def stem(self) -> str:
-        """How an answer about the fact begins; small models need it."""
-        return f"The special magic number for {self.city} is:"
+        """How an answer about the fact begins; small models need it. The blank ends it: digits are single tokens."""
+        return f"The special magic number for {self.city} is: "
 
 
 def long_text(n_tokens: int, count_tokens: Callable[[str], int], first: tuple[str, ...] = ("with", "try", "lambda")) -> LongText:

@@ -114,8 +114,9 @@ def _answer(client: Client, console: Console, report: DemoReport, text: LongText
     view.heading(console, 3, f"Ask about a long text: {text.tokens} tokens of Python's language reference")
     console.print(f"[dim]half-way in it stands: {escape(text.needle)}[/]")
     questions = (
-        Question("A planted fact", f"What is the special magic number for {text.city}?", text.stem, text.number, 12, ("\n",)),
-        Question("A second question about the same text", "What is the with statement used for?", "The with statement is used"),
+        # seven digits and a full stop are eight tokens
+        Question("A planted fact", f"What is the special magic number for {text.city}?", text.stem, text.number, 8),
+        Question("A natural question about the same text", "What is a lambda expression?"),
     )
     for question in questions:
         pair = [_one_answer(client, console, text, question, path) for path in PATHS]
@@ -123,7 +124,9 @@ def _answer(client: Client, console: Console, report: DemoReport, text: LongText
         report.agreement[question.title] = agreement(pair[0].text, pair[1].text)
         view.answers(console, question.title, pair)
         same = report.agreement[question.title]
-        console.print("the answers are the same" if same == 1.0 else f"the answers begin alike: {same:.0%} of their words")
+        console.print(
+            "the answers are the same" if pair[0].text == pair[1].text else f"the answers share {same:.0%} of their words"
+        )
     console.print(
         "\n[dim]At the second question dense attention finds the text's KV in the prefix cache. FlexPrefill chooses what to read "
         "by looking at the end of the prompt, so its KV fits that prompt only and is never shared.[/]"

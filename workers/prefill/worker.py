@@ -228,7 +228,7 @@ class PrefillEngine:
         steps = forward_steps(self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally)
         for work in steps:
             left -= work
-            self._renew_leases()
+            self._settle()
             # A prompt taken whole has no finished token before its last layer: its layers count as their share of it.
             self._emit(task, Progress(n - -(-left // spec.n_layers), n))
             yield work, left
