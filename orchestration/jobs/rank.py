@@ -108,16 +108,15 @@ def rank_batch(
     ]
     resumed = len(wanted) - len(open_rows)
     on_progress(resumed, len(wanted))
+    starts_ray = bool(open_rows) and not ray.is_initialized()
     try:
+        if starts_ray:
+            ray.init(address=ray_address, log_to_driver=False, configure_logging=False)
         if open_rows:
-            ray.init(
-                address=ray_address,
-                ignore_reinit_error=True,
-                log_to_driver=False,
-                configure_logging=False,
-            )
-            ray.data.DataContext.get_current().enable_progress_bars = False
-            calls = ray.data.from_items(open_rows, override_num_blocks=min(len(open_rows), 4 * concurrency)).map(
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            rows = ray.data.from_items(open_rows, override_num_blocks=min(len(open_rows), 4 * concurrency))
+            calls = rows.map(
                 _RankCall, fn_constructor_args=(address, token, method, deadline_s), concurrency=concurrency, num_cpus=0.1
             )
             for finished, row in enumerate(calls.iter_rows(), start=1):
@@ -125,6 +124,8 @@ def rank_batch(
                 on_progress(resumed + finished, len(wanted))
     finally:
         log.close()
+        if starts_ray:
+            ray.shutdown()
     run = log.write_run((r.qid for r in wanted), tag)
     log.write_skipped(skipped)
     return BatchReport(len(log.done) - resumed, resumed, skipped, run, output / "results.jsonl")

@@ -1,0 +1,115 @@
+"""Writes the generated parts of README.md: settings, methods, measurements. `--check` only compares (exit code 1 = stale).
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; nothing else of the file is touched.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DIRECT = (  # read where they are used, not through the configuration
+    (
+        "WINNOW_HOME",
+        "`~/.cache/winnow`",
+        "src/winnow/config.py",
+        "Folder of models, run state and logs; each home is a pipeline of its own",
+    ),
+    (
+        "WINNOW_ADDRESS",
+        "the running pipeline's",
+        "src/winnow/client.py",
+        "Gateway the client and the commands talk to, host:port",
+    ),
+    ("WINNOW_TOKEN", "the running pipeline's", "src/winnow/client.py", "Bearer token of the client and the commands"),
+    (
+        "WINNOW_MODEL_WHEEL",
+        "empty",
+        "workers/model/default_model.py",
+        "The default model's wheel or .gguf, fetched elsewhere (no network)",
+    ),
+)
+
+
+def escaped(text: str) -> str:
+    """Text fit for a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+def settings() -> str:
+    """Every WINNOW_* variable with its default and meaning."""
+    from winnow.cli.settings import env_name, fields
+
+    lines = ["| Variable | Default | Read in | Meaning |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {default} | {place} | {text} |" for name, default, place, text in DIRECT]
+    for name, default, text in fields():
+        shown = f"`{default!r}`" if default != "" else "empty"
+        lines.append(f"| `{env_name(name)}` | {shown} | src/winnow/config.py | {escaped(text)} |")
+    return "\n".join(lines)
+
+
+def methods() -> str:
+    """Every built-in method with its capabilities."""
+    from winnow.workers.decode.base import decode_methods
+    from winnow.workers.draft.base import draft_scorers
+    from winnow.workers.prefill.base import prefill_methods
+    from winnow.workers.ranking.base import rankers
+
+    lines = [
+        "| Slot | Name | Exact | Prefix-safe | Chunked | Needs | Falls back to | What it does |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    slots: tuple[tuple[str, Any], ...] = (
+        ("prefill", prefill_methods), ("decode", decode_methods), ("draft", draft_scorers), ("ranker", rankers),
+    )  # fmt: skip
+    for slot, registry in slots:
+        for entry in registry:
+            if entry.cls is None or not entry.cls.__module__.startswith("winnow."):
+                continue
+            caps = entry.cls.caps
+            marks = ["yes" if flag else "no" for flag in (caps.exact, caps.prefix_safe, caps.chunked)]
+            needs, fallback = ", ".join(sorted(caps.needs)) or "-", caps.fallback or "-"
+            lines.append(f"| {slot} | `{entry.name}` | {' | '.join(marks)} | {needs} | {fallback} | {escaped(caps.notes)} |")
+    return "\n".join(lines)
+
+
+def measurements() -> str:
+    """The tables of tests/bench/results."""
+    tables = runpy.run_path(str(ROOT / "tests" / "bench" / "tables.py"))
+    return str(tables["markdown"](tables["load"]()))
+
+
+PARTS: dict[str, Callable[[], str]] = {"settings": settings, "methods": methods, "measurements": measurements}
+
+
+def rewritten(text: str) -> str:
+    """`text` with every generated part made anew.
+
+    Raises:
+        ValueError: a part without its pair of markers, or with several.
+    """
+    for name, make in PARTS.items():
+        pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"README.md needs the markers of {name} exactly once")
+        body = make()
+        text = pattern.sub(lambda match, body=body: match[1] + body + "\n" + match[2], text)
+    return text
+
+
+def main() -> None:
+    old = README.read_text()
+    new = rewritten(old)
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md is stale: run `make docs`" if new != old else 0)
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
