@@ -106,8 +106,8 @@ def _merged(batch: list[Event], sequence: int) -> internal_pb2.DecodeEvent:
         merged.token_ids.extend(event.token_ids)
         for pairs in event.logprobs:
             merged.logprobs.add(token_ids=[i for i, _ in pairs], logprobs=[p for _, p in pairs])
+        merged.keys_read_share = event.keys_read_share
         if event.finish_reason:
             merged.finish_reason = event.finish_reason
-            merged.keys_read_share = event.keys_read_share
             merged.fallback_used = event.fallback_used
     return merged

@@ -28,7 +28,7 @@ class Answer:
         self._first = self._last = 0.0
         self._ids: list[int] = []
         self._next = 0
-        self._share = 0.0
+        self._share = 1.0
         self.reason = ""
 
     def take(self, event: internal_pb2.DecodeEvent) -> winnow_pb2.Piece | None:
@@ -74,7 +74,7 @@ class Answer:
             completion_tokens=len(self._ids),
             ttft_s=self._first - self._entered if self._ids else 0.0,
             decode_s=self._last - self._first,
-            keys_read_share=self._share or (1.0 if self._decode.caps.exact else 0.0),
+            keys_read_share=self._share,
         )
         telemetry.TOKENS.labels(kind="prompt").inc(usage.prompt_tokens)
         telemetry.TOKENS.labels(kind="cached").inc(usage.cached_tokens)

@@ -89,6 +89,8 @@ def check_generate(request: winnow_pb2.GenerateRequest, has_template: bool) -> S
     for i, message in enumerate(request.messages):
         if message.role not in ROLES:
             raise InvalidRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}, got {message.role!r:.24}")
+    if request.messages and not request.messages[-1].content.strip():
+        raise InvalidRequest("messages: the last one is empty; say what is asked")
     if request.messages and not has_template:
         raise Unsupported("messages: this model has no chat template; send prompt instead")
     _length("answer_prefix", request.answer_prefix, 0, MAX_ANSWER_PREFIX_CHARS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -121,4 +122,4 @@ def _rank_event(event: Event) -> internal_pb2.RankTaskEvent:
     if isinstance(event, Progress):
         return internal_pb2.RankTaskEvent(progress=common_pb2.Progress(stage="rank", done=event.done, total=event.total))
     assert isinstance(event, RankResult)
-    return internal_pb2.RankTaskEvent(ranking=ranking_to_proto(event.ranking))
+    return internal_pb2.RankTaskEvent(ranking=ranking_to_proto(replace(event.ranking, seconds=event.work_s)))

@@ -46,6 +46,11 @@ class Slot:
         kv = segment.kv
         return cls(segment, method.open(segment, retrieval, strict=strict), kv.unbind(0))
 
+    @property
+    def keys_read_share(self) -> float:
+        """Keys read / keys cached since the sequence began; 1.0 before its first step."""
+        return self.state.keys_read / self.state.keys_cached if self.state.keys_cached else 1.0
+
     def count_dense_step(self, n_layers: int, n_q_heads: int) -> None:
         """Book a step's reads for a state that was not asked."""
         if self.is_dense:

@@ -45,7 +45,8 @@ class Tokens:
         token_ids: usually one. An end-of-sequence token that ends the text is not among them.
         logprobs: per token, (token id, log-probability) pairs, the chosen token first; empty unless asked for.
         finish_reason: "" until the last event; then "eos", or "length" for max_tokens or a full segment.
-        keys_read_share: of the whole sequence; only in the last event, as `fallback_used`.
+        keys_read_share: of the sequence so far.
+        fallback_used: only in the last event.
     """
 
     sequence: int

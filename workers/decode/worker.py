@@ -5,6 +5,7 @@ Sequences join and leave between steps (continuous batching). It knows slots and
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -251,13 +252,12 @@ class DecodeEngine:
             raise ArithmeticError("the model's scores are not finite; its weights or this sequence's KV are damaged")
         n = sequence.n_events + 1
         if drawn.token_id in job.eos_token_ids and not job.sampling.ignore_eos:
-            self._finish(sequence, Tokens(sequence.n_events, (), (), "eos"))
+            self._finish(sequence, Tokens(sequence.n_events, (), (), "eos", slot.keys_read_share))
             return
         logprobs = (drawn.logprobs,) if drawn.logprobs else ()
         room = min(slot.segment.capacity, spec.max_context) - slot.segment.n_total
-        event = Tokens(
-            sequence.n_events, (drawn.token_id,), logprobs, "length" if n >= job.sampling.max_tokens or room < 1 else ""
-        )
+        reason = "length" if n >= job.sampling.max_tokens or room < 1 else ""
+        event = Tokens(sequence.n_events, (drawn.token_id,), logprobs, reason, slot.keys_read_share)
         sequence.n_events, sequence.token_id = n, drawn.token_id
         if event.finish_reason:
             self._finish(sequence, event)
@@ -265,9 +265,7 @@ class DecodeEngine:
             sequence.handle.on_event(event)
 
     def _finish(self, sequence: _Running, last: Tokens) -> None:
-        state = sequence.slot.state
-        share = state.keys_read / state.keys_cached if state.keys_cached else 1.0
-        self._end(sequence, Tokens(last.sequence, last.token_ids, last.logprobs, last.finish_reason, share, state.fallback_used))
+        self._end(sequence, dataclasses.replace(last, fallback_used=sequence.slot.state.fallback_used))
 
     def _end(self, sequence: _Running, last: Event) -> None:
         """Take the sequence out of the batch, free what it holds, then deliver its last event."""

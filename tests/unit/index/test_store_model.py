@@ -146,7 +146,8 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert lease.fencing > self.last_fencing
         self.last_fencing = lease.fencing
-        salt = f"{tenant}/{method}/{context if method else ''}/{tokens[: context or None] if method else ''}"
+        own = context or len(tokens)  # without a context the whole is its own: both are planned over the same tokens
+        salt = f"{tenant}/{method}/{own}/{tokens[:own]}" if method else f"{tenant}//"
         assert_holds(lease.segment, tokens[: lease.cached_tokens], salt)
         granted = Granted(lease, list(tokens), len(tokens), salt, use_cache, self.now + LEASE_S if lease.is_shared else None)
         self.live.append(granted)
