@@ -69,7 +69,7 @@ class LocalEngine:
             request_id, token_ids, sampling.max_tokens, prefill_method, no_cache, context_tokens, tenant
         )
         events: queue.SimpleQueue[prefilling.Event | decoding.Event] = queue.SimpleQueue()
-        handle: prefilling.JobHandle | decoding.JobHandle = self.prefill.submit(prompt, events.put)
+        handle: prefilling.Handle | decoding.Handle = self.prefill.submit(prompt, events.put)
         lease = None
         try:
             event = events.get()

@@ -1,14 +1,14 @@
-"""What the decode engine is asked to do and what it answers: jobs, events, and the handle that cancels one."""
+"""What the decode engine is asked to do and what it answers: jobs and events."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from winnow.index.segment import KVSegment
 from winnow.types import MethodChoice, Sampling
 from winnow.workers.decode.base import DecodeMethod, RetrievalSession
+from winnow.workers.job import Failed, JobHandle
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,6 @@ class Tokens:
     fallback_used: str = ""
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The sequence ended without a finish reason; it holds nothing any more. `error` is `Cancelled` after a cancel."""
-
-    error: BaseException
-
-
 Event = Tokens | Failed
 OnEvent = Callable[[Event], None]
-
-
-@dataclass(eq=False)
-class JobHandle:
-    """A submitted sequence. `finished` is set after its last event was delivered."""
-
-    request_id: str
-    on_event: OnEvent
-    finished: threading.Event = field(default_factory=threading.Event)
-    wake: Callable[[], None] = lambda: None
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Free the sequence's slot before the next step. Safe from any thread, at any time, any number of times."""
-        self._cancelled.set()
-        self.wake()
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
+Handle = JobHandle[Event]

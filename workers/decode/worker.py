@@ -19,7 +19,7 @@ from winnow.registry import parse_spec
 from winnow.types import MethodChoice
 from winnow.workers.decode.backend import DecodeBackend, Slot
 from winnow.workers.decode.base import DecodeMethod, decode_methods
-from winnow.workers.decode.job import DecodeJob, Event, Failed, JobHandle, OnEvent, Tokens
+from winnow.workers.decode.job import DecodeJob, Event, Failed, Handle, OnEvent, Tokens
 from winnow.workers.decode.sampling import Draw, draw, new_generator
 from winnow.workers.model.loader import LoadedModel
 
@@ -47,7 +47,7 @@ class Load:
 
 @dataclass(eq=False)
 class _Waiting:
-    handle: JobHandle
+    handle: Handle
     job: DecodeJob
     method: DecodeMethod
 
@@ -56,7 +56,7 @@ class _Waiting:
 class _Running:
     """A sequence in the batch. `slot.state` is open until `_close`."""
 
-    handle: JobHandle
+    handle: Handle
     job: DecodeJob
     slot: Slot
     generator: torch.Generator
@@ -111,7 +111,7 @@ class DecodeEngine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def submit(self, job: DecodeJob, on_event: OnEvent) -> JobHandle:
+    def submit(self, job: DecodeJob, on_event: OnEvent) -> Handle:
         """Queue a sequence.
 
         Returns:
@@ -125,7 +125,7 @@ class DecodeEngine:
         job.sampling.validate()
         self._check_segment(job)
         method = self._method(job.method)
-        handle = JobHandle(job.request_id, on_event, wake=self._notify)
+        handle = Handle(job.request_id, on_event, wake=self._notify)
         with self._wake:
             if self._is_stopping:
                 raise Draining("this worker is shutting down; try another one")
@@ -288,7 +288,7 @@ class DecodeEngine:
             log.warning("retrieval session did not close", request_id=entry.handle.request_id, error=type(closing).__name__)
         self._deliver(entry.handle, Failed(error))
 
-    def _deliver(self, handle: JobHandle, last: Event) -> None:
+    def _deliver(self, handle: Handle, last: Event) -> None:
         outcome = "finished"
         if isinstance(last, Failed):
             outcome = "cancelled" if isinstance(last.error, Cancelled) else "failed"

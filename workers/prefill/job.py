@@ -1,14 +1,14 @@
-"""What the prefill engine is asked to do and what it answers: jobs, events, and the handle that cancels one."""
+"""What the prefill engine is asked to do and what it answers: jobs and events."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from winnow.errors import Cancelled, InvalidRequest
+from winnow.errors import InvalidRequest
 from winnow.index.store import Lease
 from winnow.types import Document, MethodChoice, Ranking, SegmentHandle
+from winnow.workers.job import Failed, JobHandle
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.ranking.base import Ranker
 
@@ -100,37 +100,6 @@ class RankResult:
     work_s: float
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The job ended without a result; it holds nothing any more. `error` is `Cancelled` after `JobHandle.cancel`."""
-
-    error: BaseException
-
-
 Event = Progress | PrefillResult | RankResult | Failed
 OnEvent = Callable[[Event], None]
-
-
-@dataclass(eq=False)
-class JobHandle:
-    """A submitted job. Its last event is a result or `Failed`; `finished` is set after that event was delivered."""
-
-    request_id: str
-    on_event: OnEvent
-    finished: threading.Event = field(default_factory=threading.Event)
-    wake: Callable[[], None] = lambda: None
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Stop the job at its next step. Safe from any thread, at any time, any number of times."""
-        self._cancelled.set()
-        self.wake()
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def raise_if_cancelled(self) -> None:
-        """Raises Cancelled."""
-        if self.is_cancelled:
-            raise Cancelled("the request was cancelled")
+Handle = JobHandle[Event]

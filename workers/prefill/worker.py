@@ -26,7 +26,7 @@ from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.job import (
     Event,
     Failed,
-    JobHandle,
+    Handle,
     OnEvent,
     PrefillJob,
     PrefillResult,
@@ -64,7 +64,7 @@ class Load:
 class _Task:
     """One job in the engine. `lease` is held from the first step until the result is handed over."""
 
-    handle: JobHandle
+    handle: Handle
     job: PrefillJob | RankJob
     work: int
     submitted_at: float
@@ -119,7 +119,7 @@ class PrefillEngine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def submit(self, job: PrefillJob, on_event: OnEvent) -> JobHandle:
+    def submit(self, job: PrefillJob, on_event: OnEvent) -> Handle:
         """Queue a prompt.
 
         Returns:
@@ -138,7 +138,7 @@ class PrefillEngine:
             )
         return self._add(job, on_event, max(1, len(job.token_ids) - 1) * self.model.spec.n_layers)
 
-    def submit_rank(self, job: RankJob, on_event: OnEvent) -> JobHandle:
+    def submit_rank(self, job: RankJob, on_event: OnEvent) -> Handle:
         """Queue a ranking: `Progress` events in documents, then exactly one `RankResult` or `Failed`. Raises as `submit`."""
         # A guess of 4 characters a token orders it among prompts; documents whose KV is cached make it shorter.
         tokens = sum(len(d.text) + len(job.query) for d in job.documents) // 4
@@ -152,8 +152,8 @@ class PrefillEngine:
             c = self._counts
             return Load(len(tasks) - waiting, waiting, c.finished, c.failed, c.cancelled, c.approximate)
 
-    def _add(self, job: PrefillJob | RankJob, on_event: OnEvent, work: int) -> JobHandle:
-        handle = JobHandle(job.request_id, on_event, wake=self._notify)
+    def _add(self, job: PrefillJob | RankJob, on_event: OnEvent, work: int) -> Handle:
+        handle = Handle(job.request_id, on_event, wake=self._notify)
         with self._wake:
             if self._is_stopping:
                 raise Draining("this worker is shutting down; try another one")

@@ -19,7 +19,7 @@ from winnow.workers.decode.worker import DecodeEngine
 from winnow.workers.engine import make_store
 from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.model.tiny import make_tiny_model
-from winnow.workers.prefill.job import JobHandle, PrefillJob, PrefillResult
+from winnow.workers.prefill.job import Handle, PrefillJob, PrefillResult
 from winnow.workers.prefill.worker import PrefillEngine
 
 WAIT_S = 60
@@ -102,7 +102,7 @@ class Rig:
         self.store.check()
 
 
-def wait(handle: JobHandle | Any) -> None:
+def wait(handle: Handle | Any) -> None:
     assert handle.finished.wait(WAIT_S)
 
 
