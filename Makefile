@@ -20,10 +20,10 @@ demo: ## install, start the pipeline, rank real documents, answer about a long t
 setup: ## make .venv with the development tools
 	@scripts/setup.sh dev
 
-test: setup ## everything that needs no GPU (under 20 minutes on 2 cores)
+test: setup ## everything that needs no GPU 
 	$(PY) -m pytest -q -m "not gpu and not soak"
 
-check: setup lint types ## format, lint, types, protocol drift, fast tests (under 2 minutes)
+check: setup lint types ## format, lint, types, protocol drift, fast tests 
 	$(PY) -m pytest -q -m "not gpu and not soak and not faults and not slow" tests/unit
 
 fmt: setup ## format and fix what ruff can fix

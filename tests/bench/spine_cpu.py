@@ -256,7 +256,7 @@ def recall_rows(model: LoadedModel, engine: LocalEngine, n_tokens: int) -> Itera
     prefill = MassBackend(dense)
     with torch.inference_mode():
         decoder.forward(torch.tensor(ids[:-1]), torch.arange(n_tokens - 1), prefill)
-        note = f"mean over {spec.n_layers} layers, heads and rows; {n_tokens} tokens of text"
+        note = f"median over {spec.n_layers} layers of the mean over heads and rows; {n_tokens} tokens of text"
         yield row("sparse_mass_recall_prefill", prefill.recalls, "share", "dense", [1.0], "flexprefill; " + note)
         events = engine.generate(ids, Sampling(max_tokens=1), no_cache=True)
         result: Any = next(events)
