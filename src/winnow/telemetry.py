@@ -122,7 +122,7 @@ def _withhold(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappin
 
 
 def configure_logging(config: TelemetryConfig, part: str, stream: TextIO | None = None) -> None:
-    """Set structlog up for this process, once, in `main`. `stream`: None = stderr."""
+    """Set structlog up for this process, once, in `main`. `stream`: None = what `sys.stderr` is when a line is written."""
     renderer: Any = structlog.processors.JSONRenderer() if config.log_format == "json" else structlog.dev.ConsoleRenderer()
     structlog.configure(
         processors=[
@@ -133,7 +133,7 @@ def configure_logging(config: TelemetryConfig, part: str, stream: TextIO | None 
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.log_level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=stream or sys.stderr),
+        logger_factory=lambda *_: structlog.WriteLogger(stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.bind_contextvars(part=part)

@@ -271,6 +271,18 @@ def test_log_lines_withhold_text_and_secrets_and_carry_the_ids() -> None:
     assert telemetry.is_request_id(request_id)
 
 
+def test_log_lines_follow_stderr_after_the_one_they_began_on_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", first)
+    telemetry.configure_logging(TelemetryConfig(), "test")
+    log = telemetry.get_logger("x")
+    log.info("one")
+    monkeypatch.setattr("sys.stderr", second)
+    first.close()
+    log.info("two")
+    assert json.loads(second.getvalue())["event"] == "two"
+
+
 async def test_with_a_collector_every_hop_is_a_span_of_one_trace(serve, config, secret) -> None:
     """A real OTLP collector on loopback; two servers, the first calls the second."""
     from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
