@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -170,6 +171,12 @@ def _coerce(label: str, value: Any, default: Any) -> Any:
     except (KeyError, TypeError, ValueError, OverflowError):
         raise InvalidRequest(f"{label} must be a {type(default).__name__}, got {value!r:.40}") from None
     return value
+
+
+def modules_in(package: str) -> tuple[str, ...]:
+    """Names of the modules of a package: a plug-in is registered by lying in its folder."""
+    path = importlib.import_module(package).__path__
+    return tuple(sorted(f"{package}.{module.name}" for module in pkgutil.iter_modules(path)))
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:

@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from winnow.index.segment import KVSegment
-from winnow.registry import Capabilities, Registry
+from winnow.registry import Capabilities, Registry, modules_in
 from winnow.workers.attention.backend import LayerSpec
 
 
@@ -101,5 +101,5 @@ class DecodeMethod(ABC):
 decode_methods: Registry[DecodeMethod] = Registry(
     kind="decode method",
     entry_points="winnow.decode_methods",
-    modules=("winnow.workers.decode.methods.dense", "winnow.workers.decode.methods.retrieval_attention"),
+    modules=modules_in("winnow.workers.decode.methods"),
 )

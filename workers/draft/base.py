@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from winnow.registry import Capabilities, Registry
+from winnow.registry import Capabilities, Registry, modules_in
 from winnow.workers.model.loader import LoadedModel
 
 
@@ -36,5 +36,5 @@ class PromptReducer(ABC):
 draft_scorers: Registry[PromptReducer] = Registry(
     kind="draft scorer",
     entry_points="winnow.draft_scorers",
-    modules=("winnow.workers.draft.scorers.specpc",),
+    modules=modules_in("winnow.workers.draft.scorers"),
 )

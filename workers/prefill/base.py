@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from winnow.registry import Capabilities, Registry
+from winnow.registry import Capabilities, Registry, modules_in
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
+
+if TYPE_CHECKING:
+    from winnow.workers.model.loader import LoadedModel
 
 
 class PrefillMethod(ABC):
@@ -17,6 +20,22 @@ class PrefillMethod(ABC):
 
     name: ClassVar[str] = ""
     caps: ClassVar[Capabilities]
+
+    def bind(self, model: LoadedModel) -> PrefillMethod:
+        """The method ready for `model`; the engine calls it once per request, before any `plan`.
+
+        A method that needs nothing of the model, the default, returns itself. One that was calibrated or trained for a model
+        returns a copy that holds what `calibration.load` finds for it. Mutates nothing.
+
+        Raises:
+            Unsupported: not calibrated for this model, or the model's shape does not fit.
+        """
+        return self
+
+    @property
+    def calibration_id(self) -> str:
+        """Digest of what `bind` loaded, "" for nothing: KV made under another calibration is never reused."""
+        return ""
 
     @abstractmethod
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
@@ -36,5 +55,5 @@ class PrefillMethod(ABC):
 prefill_methods: Registry[PrefillMethod] = Registry(
     kind="prefill method",
     entry_points="winnow.prefill_methods",
-    modules=("winnow.workers.prefill.methods.dense", "winnow.workers.prefill.methods.flexprefill"),
+    modules=modules_in("winnow.workers.prefill.methods"),
 )

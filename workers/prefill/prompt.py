@@ -36,8 +36,8 @@ def cache_key(method: PrefillMethod) -> str:
         return ""
     params: dict[str, str] = {}
     if dataclasses.is_dataclass(method):
-        params = {f.name: str(getattr(method, f.name)) for f in dataclasses.fields(method)}
-    return f"{MethodChoice(method.name, params).spec}@{caps.version}"
+        params = {f.name: str(getattr(method, f.name)) for f in dataclasses.fields(method) if f.init}
+    return f"{MethodChoice(method.name, params).spec}@{caps.version}{method.calibration_id}"
 
 
 def plan_parts(method: PrefillMethod, n: int, cached: int, context: int, chunk: int) -> list[Part]:

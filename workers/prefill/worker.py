@@ -288,10 +288,10 @@ class PrefillEngine:
             torch.cuda.current_stream(device).synchronize()
 
     def _method(self, wanted: PrefillMethod | MethodChoice | None) -> PrefillMethod:
-        if isinstance(wanted, PrefillMethod):
-            return wanted
-        name, params = parse_spec(self.config.method) if wanted is None else (wanted.name, dict(wanted.params))
-        return prefill_methods.create(name, dict(params))
+        if not isinstance(wanted, PrefillMethod):
+            name, params = parse_spec(self.config.method) if wanted is None else (wanted.name, dict(wanted.params))
+            wanted = prefill_methods.create(name, dict(params))
+        return wanted.bind(self.model)
 
     def _end_cancelled(self, but: _Task | None = None) -> None:
         for task in self._scheduler.items():

@@ -12,6 +12,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.scoring import forbidden_tiles, logits_of, pool_mean, pool_sum
 
 _PROBE_BYTES = 1 << 30  # most float32 probe scores held at once; more heads are done in slabs
 _EPS = 1e-12
@@ -82,12 +83,12 @@ class FlexPrefill(PrefillMethod):
         vertical, slash = _probe_mass(q[:, :, -min(b, n) :], k, layer)
         most = min(n_k, -(-self.max_budget // b)) if self.max_budget else n_k
         columns_budget, diagonals_budget = (self._budget(x).clamp(shortest, most) for x in (vertical, slash))
-        column_mass, diagonal_mass = _pool_sum(vertical, b), _pool_sum(slash, b)
-        pooled_k = _pool_mean(k, b).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, Hq, nK, D]
+        column_mass, diagonal_mass = pool_sum(vertical, b), pool_sum(slash, b)
+        pooled_k = pool_mean(k, b).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, Hq, nK, D]
         aware = None
         if self.tau > 0:
             mean_query = q[:, :, -min(b, n) :].float().mean(2, keepdim=True)
-            guess = torch.softmax(_logits(mean_query, pooled_k, layer), -1).squeeze(2)
+            guess = torch.softmax(logits_of(mean_query, pooled_k, layer), -1).squeeze(2)
             aware = _js_distance(guess, column_mass) < self.tau  # [B, Hq]
             columns_budget, diagonals_budget = (torch.where(aware, shortest, x) for x in (columns_budget, diagonals_budget))
         keep_column = _top(column_mass, columns_budget)  # [B, Hq, nK]
@@ -110,20 +111,14 @@ class FlexPrefill(PrefillMethod):
     def _pooled_map(self, q: Tensor, pooled_k: Tensor, layer: LayerSpec, n: int, m: int) -> Tensor:
         """[B, Hq, nQ, nK] bool: largest entries of the pooled attention map until they sum to gamma per query tile on average."""
         b = self.block
-        n_q, n_k = -(-n // b), -(-m // b)
-        last = torch.clamp(torch.arange(1, n_q + 1, device=q.device) * b, max=n) - 1 + (m - n)
-        forbidden = torch.arange(n_k, device=q.device) * b > last[:, None]
-        scores = _logits(_pool_mean(q, b), pooled_k, layer).masked_fill(forbidden, -torch.inf)
+        forbidden = forbidden_tiles(n, m, b, b, q.device)
+        scores = logits_of(pool_mean(q, b), pooled_k, layer).masked_fill(forbidden, -torch.inf)
         flat = torch.softmax(scores, -1).flatten(2)
         ordered, order = flat.sort(dim=-1, descending=True, stable=True)
         reached = ordered.cumsum(-1)
-        taken = (reached - ordered < self.gamma * n_q) if self.gamma < 1.0 else torch.ones_like(ordered, dtype=torch.bool)
+        limit = self.gamma * scores.shape[2] if self.gamma < 1.0 else torch.inf  # sums round to just above or below 1
+        taken = reached - ordered < limit
         return torch.zeros_like(taken).scatter_(-1, order, taken).view_as(scores)
-
-
-def _logits(q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
-    logits = torch.matmul(q.float() * layer.scale, k.float().transpose(-1, -2))
-    return torch.tanh(logits / layer.softcap) * layer.softcap if layer.softcap else logits
 
 
 def _probe_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:
@@ -145,7 +140,7 @@ def _probe_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Ten
         keys = k[:, first : first + slab]
         rows = probe[:, first * group : (first + slab) * group]
         heads = rows.shape[1]
-        logits = _logits(rows.reshape(batch, keys.shape[1], group * b, d), keys, layer).view(batch, heads, b, m)
+        logits = logits_of(rows.reshape(batch, keys.shape[1], group * b, d), keys, layer).view(batch, heads, b, m)
         logits[..., m - b :].masked_fill_(~allowed, -torch.inf)
         # b zero columns on the left; then entry (i, j + b) and (i + 1, j + 1 + b), of equal distance, lie W + 1 apart
         wide = torch.zeros(batch, heads, b, b + m, dtype=torch.float32, device=k.device)
@@ -155,20 +150,6 @@ def _probe_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Ten
         verticals.append(wide[..., b:].mean(2))
         slashes.append(skewed.mean(2).flip(-1))
     return torch.cat(verticals, 1), torch.cat(slashes, 1)
-
-
-def _pool_sum(x: Tensor, b: int) -> Tensor:
-    """[..., M] -> [..., ceil(M / b)], sums."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % b)).unflatten(-1, (-1, b)).sum(-1)
-
-
-def _pool_mean(x: Tensor, b: int) -> Tensor:
-    """[B, H, M, D] -> [B, H, ceil(M / b), D] float32, means over the real tokens of each tile."""
-    m = x.shape[2]
-    sums = torch.nn.functional.pad(x, (0, 0, 0, -m % b)).unflatten(2, (-1, b)).sum(3, dtype=torch.float32)
-    sizes = torch.full((sums.shape[2], 1), float(b), device=x.device)
-    sizes[-1] -= -m % b
-    return sums / sizes
 
 
 def _js_distance(p: Tensor, q: Tensor) -> Tensor:

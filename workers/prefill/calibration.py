@@ -1,0 +1,90 @@
+"""What a method learnt about one model (thresholds, head classes, gates), as one small file per method and model.
+
+A file is safetensors; its header names method, model and how it was made. It is looked for under the user's folder first
+(`WINNOW_HOME/calibration`, where `winnow calibrate` writes) and then among those that come with winnow.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from winnow.config import home
+from winnow.errors import CorruptBlock, Unsupported
+
+_SHIPPED = Path(__file__).parent / "calibrations"
+_FORMAT = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Tensors by name, on the CPU; `made` says how they came about; `digest` names the content."""
+
+    tensors: Mapping[str, Tensor]
+    made: Mapping[str, str]
+    digest: str
+
+
+def file_name(method: str, fingerprint: str) -> str:
+    return f"{method}-{fingerprint[:16]}.safetensors"
+
+
+def save(method: str, fingerprint: str, tensors: dict[str, Tensor], made: dict[str, str]) -> Path:
+    """Write a calibration into the user's folder, whole or not at all, replacing an older one.
+
+    Args:
+        fingerprint: of the model it was made with.
+        made: free text by name (command, data, figures).
+    """
+    folder = home() / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(method, fingerprint)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    header = {**made, "format": _FORMAT, "method": method, "model": fingerprint}
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata=header)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load(method: str, fingerprint: str) -> Calibration:
+    """The calibration of a method for a model.
+
+    Raises:
+        Unsupported: there is none. CorruptBlock: the file is damaged or was made for another method or model.
+    """
+    for folder in (home() / "calibration", _SHIPPED):
+        path = folder / file_name(method, fingerprint)
+        if path.is_file():
+            return _read(path, path.stat().st_mtime_ns, method, fingerprint)
+    raise Unsupported(
+        f"{method}: not calibrated for this model; run `winnow calibrate {method}` with it first, or pick another method"
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _read(path: Path, changed_ns: int, method: str, fingerprint: str) -> Calibration:
+    """`changed_ns` makes a rewritten file another entry of the cache."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            made = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CorruptBlock(
+            f"{method}: its calibration file is damaged ({type(error).__name__}); run `winnow calibrate {method}` again"
+        ) from None
+    if (made.get("method"), made.get("model"), made.get("format")) != (method, fingerprint, _FORMAT):
+        raise CorruptBlock(
+            f"{method}: its calibration file is of another method, model or format; run `winnow calibrate {method}` again"
+        )
+    return Calibration(tensors, made, xxhash.xxh3_64_hexdigest(path.read_bytes()))
