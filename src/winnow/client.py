@@ -11,6 +11,7 @@ import grpc
 
 from winnow.client_calls import (
     DEFAULT_MAX_MESSAGE_BYTES,
+    Attempts,
     Endpoint,
     Method,
     channel_options,
@@ -224,13 +225,22 @@ class Client:
         return reply
 
     def _call(self, method: Any, request: Any) -> Any:
+        attempts = Attempts(self._deadline_s)
         with typed_errors(self.address):
-            return method(request, metadata=self._endpoint.metadata(), timeout=self._deadline_s)
+            return attempts.sync()(lambda: method(request, metadata=self._endpoint.metadata(), timeout=attempts.timeout()))
 
     def _stream(self, method: Any, request: Any, deadline_s: float | None) -> Iterator[Any]:
-        with typed_errors(self.address):
-            call = method(request, metadata=self._endpoint.metadata(), timeout=deadline_s or self._deadline_s)
-            try:
-                yield from call
-            finally:
+        attempts = Attempts(deadline_s or self._deadline_s)
+        call: Any = None
+        try:
+            with typed_errors(self.address):
+                for attempt in attempts.sync():
+                    with attempt:
+                        call = method(request, metadata=self._endpoint.metadata(), timeout=attempts.timeout())
+                        first = next(call, None)
+                if first is not None:
+                    yield first
+                    yield from call
+        finally:
+            if call is not None:
                 call.cancel()

@@ -13,6 +13,7 @@ import grpc.aio
 from winnow.client import OnProgress
 from winnow.client_calls import (
     DEFAULT_MAX_MESSAGE_BYTES,
+    Attempts,
     Endpoint,
     Method,
     channel_options,
@@ -185,14 +186,27 @@ class AsyncClient:
         return reply
 
     async def _call(self, method: Any, request: Any) -> Any:
+        attempts = Attempts(self._deadline_s)
+
+        async def once() -> Any:
+            return await method(request, metadata=self._endpoint.metadata(), timeout=attempts.timeout())
+
         with typed_errors(self.address):
-            return await method(request, metadata=self._endpoint.metadata(), timeout=self._deadline_s)
+            return await attempts.asynchronous()(once)
 
     async def _stream(self, method: Any, request: Any, deadline_s: float | None) -> AsyncIterator[Any]:
-        with typed_errors(self.address):
-            call = method(request, metadata=self._endpoint.metadata(), timeout=deadline_s or self._deadline_s)
-            try:
-                async for event in call:
-                    yield event
-            finally:
+        attempts = Attempts(deadline_s or self._deadline_s)
+        call: Any = None
+        try:
+            with typed_errors(self.address):
+                async for attempt in attempts.asynchronous():
+                    with attempt:
+                        call = method(request, metadata=self._endpoint.metadata(), timeout=attempts.timeout())
+                        first = await anext(aiter(call), None)
+                if first is not None:
+                    yield first
+                    async for event in call:
+                        yield event
+        finally:
+            if call is not None:
                 call.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import tenacity
 
 from winnow.config import home
 from winnow.errors import ConfigError, InvalidRequest, WinnowError, WorkerLost
@@ -22,22 +24,6 @@ from winnow.wire import documents_to_proto, error_from_status, messages_to_proto
 T = TypeVar("T")
 Method = str | MethodChoice | None
 DEFAULT_MAX_MESSAGE_BYTES = 16 << 20
-
-# Only calls that did no work are tried again by gRPC: a stream that has begun is not retried.
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "winnow.v1.Winnow"}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "3s",
-                "backoffMultiplier": 2.5,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
 
 
 @dataclass(frozen=True)
@@ -82,8 +68,9 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.enable_retries", 1),
+        # gRPC's own retries lose a stream whose server goes away while they wait: neither its deadline nor cancelling it
+        # ends the call then (seen with grpcio 1.80 to 1.85). `attempts` retries instead.
+        ("grpc.enable_retries", 0),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
     ]
@@ -162,6 +149,40 @@ def collect(chunks: Iterable[Chunk]) -> Generation:
         token_ids=tuple(i for c in seen for i in c.token_ids),
         logprobs=tuple(top for c in seen for top in c.logprobs),
     )
+
+
+class Attempts:
+    """Up to four tries at starting a call while the server says UNAVAILABLE, 0.2 to 3 s apart, within one deadline.
+
+    Only the start is retried: once a stream has delivered an event, work was done, and its end is the call's end.
+    `for attempt in attempts.sync(): with attempt: ...` and `async for attempt in attempts.asynchronous(): ...`; the last
+    error is raised as it came.
+    """
+
+    def __init__(self, deadline_s: float | None) -> None:
+        self._ends_at = None if deadline_s is None else time.monotonic() + deadline_s
+        self._policy: dict[str, Any] = {
+            "retry": tenacity.retry_if_exception(_is_unavailable),
+            "wait": tenacity.wait_exponential(multiplier=0.2, exp_base=2.5, max=3.0) + tenacity.wait_random(0, 0.1),
+            "stop": tenacity.stop_any(
+                tenacity.stop_after_attempt(4), *([tenacity.stop_before_delay(deadline_s)] if deadline_s is not None else [])
+            ),
+            "reraise": True,
+        }
+
+    def timeout(self) -> float | None:
+        """Seconds left of the deadline, for one attempt; None = no deadline."""
+        return None if self._ends_at is None else max(0.0, self._ends_at - time.monotonic())
+
+    def sync(self) -> tenacity.Retrying:
+        return tenacity.Retrying(**self._policy)
+
+    def asynchronous(self) -> tenacity.AsyncRetrying:
+        return tenacity.AsyncRetrying(**self._policy)
+
+
+def _is_unavailable(error: BaseException) -> bool:
+    return isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from winnow.errors import Conflict
+from winnow.errors import Conflict, Draining, WorkerLost
 from winnow.orchestration import processes, state
 from winnow.orchestration.supervisor import down, read_state, up
 
@@ -81,11 +79,8 @@ def test_sigterm_under_load_finishes_what_runs_and_leaves_nothing(fresh: Deploym
             fresh.terminate()
             answers = [r.result(timeout=60) for r in running]
         assert answers == [calm.token_ids] * 3
-        late = subprocess.run(
-            [Path(sys.executable).with_name("winnow"), "generate", "--address", fresh.state.address, "--timeout", "20", "Late."],
-            env=os.environ | {"WINNOW_TOKEN": fresh.state.token}, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert late.returncode == 69, late.stderr  # nothing answers, or it says that it is draining
+        with fresh.client() as late, pytest.raises((Draining, WorkerLost)):  # nothing answers, or it says that it is draining
+            late.complete("Late.", deadline_s=20)
         assert fresh.exit_code(within_s=40) == 0
     finally:
         ended.set()
