@@ -69,7 +69,7 @@ class PrefillConfig(_Part):
     """Prefill role."""
 
     method: str = Field("dense", description="Default method, name or name:key=value,...")
-    chunk_tokens: int = Field(512, ge=0, description="Tokens of a chunk; 0 = the whole prompt at once")
+    chunk_tokens: int = Field(2048, ge=0, description="Tokens of a chunk; 0 = the whole prompt at once")
     max_waiting: int = Field(64, ge=1, description="Jobs queued in one worker")
 
 

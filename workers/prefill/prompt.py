@@ -68,7 +68,8 @@ def forward_steps(
         n_samples: query vectors to keep in the segment's sample, spread over the computed tokens.
 
     Yields:
-        Work done in this step, in token-layers.
+        Work done in this step, in token-layers. A step is one layer of a part's chunk, or of the whole part where it has none;
+        on an accelerator, where a chunk is quick and waiting for it after each layer is not, a step is a chunk.
 
     Mutates segment and tally. Closing the iterator stops the work.
     """
@@ -82,11 +83,12 @@ def forward_steps(
             rows = [(position - start, slot) for slot, position in enumerate(sampled) if start <= position < end]
             backend = PrefillBackend(segment, start, part.method, tally, rows)
             positions = torch.arange(start, end, device=decoder.device)
-            if part.chunk:
-                decoder.forward(tokens[start:end], positions, backend)
-            else:
+            by_layer = not part.chunk or decoder.device.type == "cpu"
+            if by_layer:
                 for layer in decoder.iter_forward(tokens[start:end], positions, backend):
                     if layer + 1 < n_layers:
                         yield end - start
+            else:
+                decoder.forward(tokens[start:end], positions, backend)
             segment.advance(ids[start:end])
-            yield (end - start) * (n_layers if part.chunk else 1)
+            yield (end - start) * (1 if by_layer else n_layers)

@@ -1,6 +1,7 @@
 """The prefill engine: one thread owns the model and turns prompts into KV, a step at a time.
 
-A step is one chunk of a prompt, or one layer of a whole prompt where the method (or the configuration) takes it whole.
+A step is one layer of a chunk of a prompt, or of the whole prompt where the method (or the configuration) takes it whole;
+on an accelerator, one chunk.
 Between two steps the scheduler may put another job in front, and cancellation is seen. Rankings run in the same thread;
 at each of their forward passes shorter prompts may go first. It knows threads, jobs and leases; no gRPC, no asyncio.
 """
@@ -222,15 +223,19 @@ class PrefillEngine:
         )  # fmt: skip
         cached = lease.cached_tokens
         tally = Tally()
-        self._emit(task, Progress(cached, n))
+        told = cached
+        self._emit(task, Progress(told, n))
         parts = plan_parts(method, n, cached, context, self.config.chunk_tokens)
         left = (n - cached) * spec.n_layers
         steps = forward_steps(self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally)
         for work in steps:
             left -= work
             self._settle()
-            # A prompt taken whole has no finished token before its last layer: its layers count as their share of it.
-            self._emit(task, Progress(n - -(-left // spec.n_layers), n))
+            # No token is finished before its last layer: layers count as their share. A hundred events are enough for a bar.
+            done = n - -(-left // spec.n_layers)
+            if done - told >= n / 100 or not left:
+                told = done
+                self._emit(task, Progress(told, n))
             yield work, left
         self.store.publish(lease)
         now = time.monotonic()
