@@ -236,10 +236,9 @@ class SegmentStore:
         while True:
             with self._lock:
                 self._sweep()
-                found = self._index.find(tokens, **key.fields)
-                if found is None or not found[1]:
+                held, cached = self._find(tokens, key)
+                if held is None:
                     return None, 0
-                held, cached = self._held[str(found[0])], found[1]
                 held.pins += 1
                 self._held.move_to_end(held.segment.segment_id)
             try:
@@ -252,6 +251,16 @@ class SegmentStore:
                     self._counts.corrupt += 1
                     self._drop_entry(held)
                     self._unpin(held)
+
+    def _find(self, tokens: Tokens, key: _Key) -> tuple[_Held | None, int]:
+        """The entry that shares the most leading tokens, and how many: hashes know whole blocks and entries, tokens the rest."""
+        found = self._index.find(tokens, **key.fields)
+        if found is None or not found[1]:
+            return None, 0
+        held, cached = self._held[str(found[0])], found[1]
+        if not key.method and held.indexed is not None:
+            cached = max(cached, _common(held.indexed, tokens))
+        return held, cached
 
     def _promise(self, need: int, capacity: int) -> str:
         """Reserve bytes for a segment that is about to be made, and name it. Raises Overloaded, LeaseLost."""
@@ -457,9 +466,7 @@ class SegmentStore:
     def prefix_tokens(self, token_ids: Sequence[int], *, tenant: str = "", method: str = "", context_tokens: int = 0) -> int:
         """How many leading tokens `acquire` would find cached now. Changes nothing."""
         with self._lock:
-            tokens = np.asarray(token_ids, np.int32)
-            found = self._index.find(tokens, tenant=tenant, method=method, context_tokens=context_tokens if method else 0)
-            return found[1] if found else 0
+            return self._find(np.asarray(token_ids, np.int32), _Key(tenant, method, context_tokens if method else 0))[1]
 
     def stats(self) -> StoreStats:
         """A copy of the counters and the present sizes."""
@@ -518,3 +525,10 @@ class SegmentStore:
     def remove_orphans(cls, dir: Path, owner: str, epoch: int) -> int:
         """Delete what dead stores of `owner`, of this epoch or earlier, left behind; returns the number of segments."""
         return folders.remove_orphans(dir, owner, epoch)
+
+
+def _common(a: Tokens, b: Tokens) -> int:
+    """How many leading tokens two sequences share."""
+    n = min(len(a), len(b))
+    differing = np.flatnonzero(a[:n] != b[:n])
+    return int(differing[0]) if differing.size else n

@@ -64,14 +64,23 @@ def run(store: SegmentStore, tokens: list[int], *, tail: int = 4, keep: bool = F
     return lease
 
 
-def test_a_second_prompt_starts_from_the_longest_common_blocks(store: SegmentStore) -> None:
+def test_a_second_prompt_starts_where_it_differs_once_a_whole_block_is_shared(store: SegmentStore) -> None:
     assert run(store, PROMPT).cached_tokens == 0
-    assert run(store, [*PROMPT[:14], 1, 2, 3]).cached_tokens == 12
+    assert run(store, [*PROMPT[:14], 1, 2, 3]).cached_tokens == 14
     assert run(store, PROMPT[:3]).cached_tokens == 0
     assert run(store, [9, *PROMPT]).cached_tokens == 0
     lease = run(store, [*PROMPT[:14], 1, 2, 9], keep=True)
     assert lease.cached_tokens == 16  # of the second prompt, not 12 of the first
     assert_holds(lease.segment, [*PROMPT[:14], 1, 2, 9])
+
+
+def test_a_prompt_whose_entry_grew_by_its_answer_is_still_found_whole(store: SegmentStore) -> None:
+    lease = run(store, PROMPT, keep=True)
+    fill(lease.segment, [*PROMPT, 1, 2])
+    store.release(lease.handle, [1, 2])
+    lease = run(store, PROMPT, keep=True)
+    assert lease.cached_tokens == len(PROMPT) == lease.segment.n_tokens
+    assert_holds(lease.segment, PROMPT)
 
 
 def test_a_whole_entry_is_found_at_its_exact_length(store: SegmentStore) -> None:
