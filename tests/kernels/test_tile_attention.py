@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from winnow.errors import Unsupported
+from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.kernels.tile_attention.kernel import tile_attention
 from winnow.workers.attention.kernels.tile_attention.reference import tile_attention_reference
-from winnow.workers.attention.plan import TileLists, TilePlan
+from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
+from winnow.workers.attention.reference import attend_reference
 
 SCALE = 0.25
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -39,15 +43,29 @@ def make_plan(
     heads: int = 2,
     density: float = 0.3,
     classes: Tensor | None = None,
+    columns: float = 0.0,
+    mean_correction: bool = False,
 ) -> TilePlan:
     gen = torch.Generator().manual_seed(m)
     mask = torch.rand(batch, heads, -(-n // bq), -(-m // bk), generator=gen) < density
+    singles = (torch.rand(*mask.shape[:3], m, generator=gen) < columns).to(device)
     plan = TilePlan.from_mask(
         mask.to(device), n_rows=n, n_keys=m, block_q=bq, block_k=bk, head_class=classes,
         sink=torch.full((batch, heads), 5), recent=torch.full((batch, heads), 37),
+        token_columns=TileLists.from_mask(singles) if columns else None, mean_correction=mean_correction,
+        row_intervals=intervals(device, batch, heads, n, m) if classes is not None else None,
     )  # fmt: skip
     plan.check()
     return plan
+
+
+def intervals(device: str, batch: int, heads: int, n: int, m: int) -> Tensor:
+    """[B, Hm, N, 2]: windows of another length for every head, whose ends jump from row to row."""
+    gen = torch.Generator().manual_seed(n)
+    position = torch.arange(m - n, m).expand(batch, heads, n)
+    lo = position - torch.randint(0, m, (batch, heads, 1), generator=gen) - torch.randint(0, 9, position.shape, generator=gen)
+    hi = position + 1 - torch.randint(-1, 5, position.shape, generator=gen)
+    return torch.stack((lo, hi), -1).to(device)
 
 
 def compare(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -116,8 +134,46 @@ def test_a_row_with_no_list_at_all_gives_zero_and_minus_infinity(device: str) ->
 
 @pytest.mark.parametrize(("n", "m"), [(65, 65), (50, 130)])
 def test_head_classes_in_one_launch(device: str, n: int, m: int) -> None:
-    q, k, v = make(device, torch.float32, n, m, hq=3, hkv=3)
-    compare(make_plan(device, n, m, 16, 32, heads=3, classes=torch.tensor([[0, 1, 2]])), q, k, v)
+    q, k, v = make(device, torch.float32, n, m, hq=4, hkv=4)
+    classes = torch.tensor([list(HeadClass)])
+    compare(make_plan(device, n, m, 16, 32, heads=4, classes=classes), q, k, v)
+    compare(make_plan(device, n, m, 16, 32, heads=4, classes=classes, columns=0.3, mean_correction=True), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m", "bq", "bk"), [(1, 200, 16, 64), (64, 200, 32, 16), (65, 131, 64, 128), (130, 130, 32, 16)])
+@pytest.mark.parametrize("columns", [0.05, 1.0])
+def test_token_columns(device: str, dtype: torch.dtype, n: int, m: int, bq: int, bk: int, columns: float) -> None:
+    q, k, v = make(device, dtype, n, m)
+    plan = make_plan(device, n, m, bq, bk, columns=columns, density=0.2)
+    assert plan.token_columns is not None
+    compare(plan, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m", "bq", "bk"), [(1, 200, 16, 64), (64, 200, 32, 16), (65, 131, 64, 128), (150, 150, 32, 16)])
+@pytest.mark.parametrize("columns", [0.0, 0.3])
+def test_mean_correction(device: str, dtype: torch.dtype, n: int, m: int, bq: int, bk: int, columns: float) -> None:
+    q, k, v = make(device, dtype, n, m)
+    plan = make_plan(device, n, m, bq, bk, columns=columns, density=0.2, mean_correction=True)
+    compare(plan, q, k, v)
+
+
+@pytest.mark.parametrize(("hq", "hkv", "heads"), [(4, 2, 4), (4, 2, 2), (4, 2, 1)])
+def test_columns_and_pseudo_keys_of_grouped_heads_and_shared_lists(device: str, hq: int, hkv: int, heads: int) -> None:
+    q, k, v = make(device, torch.float32, 40, 80, batch=2, hq=hq, hkv=hkv)
+    for batch in (2, 1):
+        plan = make_plan(device, 40, 80, 32, 16, batch=batch, heads=heads, columns=0.1, mean_correction=True)
+        compare(plan, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m", "bq", "bk"), [(1, 70, 16, 16), (65, 65, 32, 16), (50, 131, 16, 64)])
+def test_intervals(device: str, dtype: torch.dtype, n: int, m: int, bq: int, bk: int) -> None:
+    q, k, v = make(device, dtype, n, m)
+    plan = TilePlan.intervals(intervals(device, 1, 2, n, m), n_keys=m, block_q=bq, block_k=bk)
+    plan.check()
+    compare(plan, q, k, v)
 
 
 def test_streaming_heads(device: str) -> None:
@@ -135,6 +191,15 @@ def test_lists_longer_than_their_content(device: str) -> None:
     plan = make_plan(device, 65, 65, 32, 32)
     n_tiles = plan.n_k_tiles
     padded = [TileLists.from_mask(x.to_mask(n_tiles), compact=False) for x in (plan.full, plan.partial)]
+    keys = torch.tensor([0, 3, 33, 60], device=device).expand(plan.full.n_rows, 4)
+    for kept in (True, False):
+        columns = TileLists.from_ids(keys, keys < 33 if kept else keys < 0, compact=False)
+        compare(
+            TilePlan.from_mask(
+                plan.tile_mask(), n_rows=65, n_keys=65, block_q=32, block_k=32, mean_correction=True, token_columns=columns
+            ),
+            q, k, v,
+        )  # fmt: skip
     compare(TilePlan(65, 65, 32, 32, plan.head_class, padded[0], padded[1], plan.sink, plan.recent), q, k, v)
 
 
@@ -175,3 +240,25 @@ def test_bfloat16_is_refused_where_it_would_be_wrong() -> None:
     q, k, v = make("cpu", torch.bfloat16, 40, 40)
     with pytest.raises(Unsupported, match="bfloat16"):
         tile_attention(make_plan("cpu", 40, 40, 16, 16), q, k, v, scale=SCALE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_executor_runs_every_kind_of_plan_on_a_gpu(dtype: torch.dtype) -> None:
+    """With the kernel where it fits, and otherwise (odd tiles, a window, soft-capping) without."""
+    n, m = 100, 170
+    q, k, v = make("cuda", dtype, n, m, hq=4, hkv=2)
+    gen = torch.Generator(device="cuda").manual_seed(0)
+    residual = torch.randn(q.shape, generator=gen, device="cuda"), torch.randn(q.shape[:3], generator=gen, device="cuda")
+    for bq, bk, softcap, window in ((32, 16, 0.0, 0), (5, 7, 0.0, 0), (32, 16, 3.0, 0), (32, 16, 0.0, 60), (8, 8, 3.0, 60)):
+        plan = make_plan("cuda", n, m, bq, bk, heads=4, classes=torch.tensor([list(HeadClass)]), columns=0.2)
+        for used in (
+            plan,
+            dataclasses.replace(plan, mean_correction=True),
+            dataclasses.replace(plan, residual=residual),
+            dataclasses.replace(plan, mean_correction=True, residual=residual),
+        ):
+            out, lse = attend_plan(used, q, k, v, scale=SCALE, softcap=softcap, window=window)
+            expected, expected_lse = attend_reference(used, q, k, v, scale=SCALE, softcap=softcap, window=window)
+            assert float((out.float() - expected).norm() / expected.norm()) < TOLERANCE[dtype]
+            torch.testing.assert_close(lse, expected_lse, atol=max(1e-4, TOLERANCE[dtype]), rtol=1e-4)

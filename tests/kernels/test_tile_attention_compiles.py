@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 SHARED_BYTES = 227 * 1024  # what one block may have on compute capability 9.0
-CASES = ["bf16,128,128,128", "fp16,64,128,128", "bf16,64,64,64", "bf16,256,128,64", "fp32,64,32,32"]
+CASES = [
+    "bf16,128,128,128",
+    "fp16,64,128,128",
+    "bf16,64,64,64",
+    "bf16,256,128,64",
+    "fp32,64,32,32",
+    "bf16,128,128,128,columns",
+    "bf16,128,128,64,pooled",
+    "bf16,128,128,128,intervals",
+    "bf16,128,128,128,intervals,columns,pooled",
+    "bf16,256,64,64,intervals,columns,pooled",
+]
 
 
 @pytest.mark.slow

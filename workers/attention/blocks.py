@@ -62,6 +62,21 @@ def block(
     return plain(q, k, v, scale=scale, softcap=softcap, mask=mask)
 
 
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of every row over the keys given, with something added to the logits; on the CPU, by the fused kernel.
+
+    Args:
+        q: [B, H, N, D]. k, v: [B, H, M, D]; any outer strides, 0 included.
+        bias: [B, H, 1, M] float32, the same for all rows of a head; -inf = the key is not read.
+
+    Returns:
+        as `block`; heads without a key: out 0, lse -inf.
+    """
+    added = bias.expand(*q.shape[:3], k.shape[2])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=added, scale=scale)
+    return out, torch.where((bias > -torch.inf).any(-1), lse, -torch.inf)  # the kernel says 0 where it read nothing
+
+
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     b, hq, n, d = q.shape
     hkv, m = k.shape[1], k.shape[2]

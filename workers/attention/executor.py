@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from winnow.errors import InvalidRequest, Unsupported
+from winnow.errors import InvalidRequest
 from winnow.workers.attention import blocks, sparse
 from winnow.workers.attention.dense import dense, masked
+from winnow.workers.attention.estimates import estimates
 from winnow.workers.attention.lse import merge
 from winnow.workers.attention.plan import HeadClass, TilePlan
 
@@ -18,7 +21,7 @@ _SPLIT_KEYS = 1024  # shorter pieces cost more in merging than they save
 def attend_plan(
     plan: TilePlan | None, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, window: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Attention of N rows over the keys a plan keeps, right-aligned causal.
+    """Attention of N rows over the keys a plan keeps, right-aligned causal, and its estimates of those it does not.
 
     Args:
         plan: None = dense. Its mask heads may be the query heads, the KV heads or 1; its batch that of q, or 1.
@@ -29,34 +32,55 @@ def attend_plan(
         window: a row at position p reads keys > p - window only, whatever the plan keeps; 0 = no limit.
 
     Returns:
-        out [B, Hq, N, D] in q's dtype, and lse [B, Hq, N] float32, natural log, over the keys read.
+        out [B, Hq, N, D] in q's dtype, and lse [B, Hq, N] float32, natural log, over the keys read and estimated.
 
     Raises:
         InvalidRequest: shapes that do not fit each other or the plan.
-        Unsupported: a dtype or a field of the plan that cannot be run; the message names it.
+        Unsupported: a dtype that cannot be run; the message names it.
 
     Mutates nothing. Works in float32 inside and rounds once per partial result.
     """
     blocks.check_inputs(q, k, v)
-    m = k.shape[2]
-    window = 0 if window >= m else window
-    if plan is not None:
-        _check_plan(plan, q, k)
-    if plan is None or plan.kinds == {HeadClass.DENSE}:
-        if window and not softcap and q.device.type == "cuda":  # a window is a streaming head without a sink
-            plan = TilePlan.streaming(
-                batch=1, mask_heads=1, n_rows=q.shape[2], n_keys=m, sink=0, recent=window, block_k=64, device=q.device
-            )
-            window = 0
-        else:
-            return dense(q, k, v, scale=scale, softcap=softcap, window=window)
-    if window == 0 and q.device.type == "cpu":
-        return sparse.attend(plan, q, k, v, scale=scale, softcap=softcap)
-    if window == 0 and softcap == 0.0 and q.device.type == "cuda":
+    window = 0 if window >= k.shape[2] else window
+    if plan is None:
+        return _dense(q, k, v, scale, softcap, window)
+    _check_plan(plan, q, k)
+    rest = replace(plan, mean_correction=False)
+    fused = window == 0 and softcap == 0.0  # then the mean correction is computed along with what is read
+    if plan.kinds == {HeadClass.DENSE}:
+        out, lse = _dense(q, k, v, scale, softcap, window)
+    elif window == 0 and q.device.type == "cpu":
+        out, lse = sparse.attend(plan if fused else rest, q, k, v, scale=scale, softcap=softcap)
+    elif fused and _fits_kernel(plan, q):
         from winnow.workers.attention.kernels.tile_attention.kernel import tile_attention  # triton: absent on most CPU machines
 
-        return tile_attention(plan, q, k, v, scale=scale)
-    return _masked(plan, q, k, v, scale, softcap, window)
+        out, lse = tile_attention(plan, q, k, v, scale=scale)
+    else:
+        fused = False
+        out, lse = _masked(plan, q, k, v, scale, softcap, window)
+    left = rest if fused else plan
+    if not left.is_estimating:
+        return out, lse
+    outs, lses = zip(*estimates(left, q, k, v, scale=scale, softcap=softcap, window=window), strict=True)
+    merged, lse = merge((out, *outs), (lse, *lses))
+    return merged.to(q.dtype), lse
+
+
+def _fits_kernel(plan: TilePlan, q: Tensor) -> bool:
+    if q.device.type != "cuda":
+        return False
+    from winnow.workers.attention.kernels.tile_attention.kernel import why_not
+
+    return not why_not(q.shape[3], plan.block_q, plan.block_k)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> tuple[Tensor, Tensor]:
+    if not window or softcap or q.device.type != "cuda":
+        return dense(q, k, v, scale=scale, softcap=softcap, window=window)
+    plan = TilePlan.streaming(  # a window is a streaming head without a sink
+        batch=1, mask_heads=1, n_rows=q.shape[2], n_keys=k.shape[2], sink=0, recent=window, block_k=64, device=q.device
+    )
+    return attend_plan(plan, q, k, v, scale=scale)
 
 
 def attend_keys(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -103,9 +127,6 @@ def _splits(hkv: int, m: int) -> int:
 
 
 def _check_plan(plan: TilePlan, q: Tensor, k: Tensor) -> None:
-    fields = plan.unrunnable()
-    if fields:
-        raise Unsupported(f"plan: no executor runs {', '.join(fields)} yet; say it with tiles, or leave it out")
     if (plan.n_rows, plan.n_keys) != (q.shape[2], k.shape[2]):
         raise InvalidRequest(f"plan: made for {plan.n_rows} rows and {plan.n_keys} keys, got {q.shape[2]} and {k.shape[2]}")
     if plan.mask_heads not in (1, k.shape[1], q.shape[1]) or plan.batch not in (1, q.shape[0]):
@@ -115,10 +136,13 @@ def _check_plan(plan: TilePlan, q: Tensor, k: Tensor) -> None:
         )
     if plan.device != q.device:
         raise InvalidRequest(f"plan: lies on {plan.device}, q on {q.device}; move one of them")
+    if isinstance(plan.residual, tuple) and (plan.residual[0].shape, plan.residual[1].shape) != (q.shape, q.shape[:3]):
+        got = f"{list(plan.residual[0].shape)} and {list(plan.residual[1].shape)}"
+        raise InvalidRequest(f"plan: residual needs an output of {list(q.shape)} and an lse of {list(q.shape[:3])}, got {got}")
 
 
 def _masked(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, window: int) -> tuple[Tensor, Tensor]:
-    """A plan together with a window, or with soft-capping on CUDA: exact float32 math over all pairs, in row blocks."""
+    """What no faster path says: a window beside a plan, and on CUDA soft-capping and odd tiles. Float32 over all pairs."""
     shared = q.shape[1] // plan.mask_heads
 
     def keep(start: int, stop: int) -> Tensor:

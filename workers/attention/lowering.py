@@ -7,22 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan, tile_kinds
+from winnow.workers.attention.plan import HeadClass, TilePlan
+from winnow.workers.attention.tiles import TileLists, tile_kinds
 
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """Every head as lists. A pair in a partial tile is read iff j <= p and (j < sink or j > p - recent) of its head.
+    """Every head as lists. A pair in a partial tile is read iff j <= p, (j < sink or j > p - recent) and lo <= j < hi.
 
     Attributes:
         full, partial: B * Hm * nQ rows of key tiles.
         sink, recent: [B, Hm] int32; heads that are not STREAMING have sink = M, which lets everything pass.
+        intervals: [B, Hm, N, 2] int32; rows of heads that are not INTERVAL have (0, M). None where no head is.
     """
 
     full: TileLists
     partial: TileLists
     sink: Tensor
     recent: Tensor
+    intervals: Tensor | None = None
 
 
 def lower(plan: TilePlan) -> Lowered:
@@ -45,6 +48,16 @@ def lower(plan: TilePlan) -> Lowered:
     whole = full & ((last < sink) | (first > p1 - recent) | (sink > p1 - recent))
     streaming, dense = class_ == HeadClass.STREAMING, class_ == HeadClass.DENSE
     full_mask, partial_mask = (streaming & whole) | (dense & full), (streaming & some & ~whole) | (dense & partial)
+    intervals = None
+    if plan.row_intervals is not None:
+        own = class_ == HeadClass.INTERVAL
+        intervals = torch.where(own, plan.row_intervals, torch.tensor((0, plan.n_keys), dtype=torch.int32, device=plan.device))
+        last_row = -plan.n_rows % plan.block_q  # rows beyond the end repeat the last one
+        rows = torch.cat((intervals, intervals[:, :, -1:].expand(-1, -1, last_row, -1)), 2).unflatten(2, (-1, plan.block_q))
+        lo, hi = rows[..., 0], rows[..., 1]  # [B, Hm, nQ, Bq]
+        some = (first < hi.amax(-1, keepdim=True)) & (last >= lo.amin(-1, keepdim=True))
+        whole = full & (first >= lo.amax(-1, keepdim=True)) & (last < hi.amin(-1, keepdim=True))
+        full_mask, partial_mask = full_mask | (own & whole), partial_mask | (own & some & ~whole)
     if HeadClass.CSR in plan.kinds:
         shape = (plan.batch, plan.mask_heads, plan.n_q_tiles, plan.n_k_tiles)
         full_mask |= plan.full.to_mask(plan.n_k_tiles).view(shape)
@@ -55,4 +68,5 @@ def lower(plan: TilePlan) -> Lowered:
         TileLists.from_mask(partial_mask),
         torch.where(is_streaming, plan.sink, everything),
         plan.recent,
+        intervals,
     )

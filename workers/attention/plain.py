@@ -9,13 +9,14 @@ _LOGIT_BYTES = 64 << 20  # most float32 logits a caller should hold at once
 
 
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, mask: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, mask: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the pairs a mask allows, float32 throughout.
 
     Args:
         q: [B, Hq, N, D]. k, v: [B, Hkv, M, D], Hq a multiple of Hkv. Any float dtype.
         mask: bool, broadcastable to [B, Hq, N, M]; None = all. Rows without a key give out 0 and lse -inf.
+        bias: float32, broadcastable alike, added to the logits after soft-capping; -inf = not read.
 
     Returns:
         out [B, Hq, N, D] and lse [B, Hq, N], float32.
@@ -29,6 +30,8 @@ def plain(
         logits = torch.tanh(logits / softcap) * softcap
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
+    if bias is not None:
+        logits = logits + bias
     lse = torch.logsumexp(logits, -1)
     weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
     return torch.matmul(weights.view(b, hkv, -1, m), v.float()).view(b, hq, n, d), lse

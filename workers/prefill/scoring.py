@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
+
+SLAB_BYTES = 1 << 30  # most scores that a selector holds at once
 
 
 def logits_of(q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
@@ -14,9 +18,81 @@ def logits_of(q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
     return torch.tanh(logits / layer.softcap) * layer.softcap if layer.softcap else logits
 
 
+def quick_logits(q: Tensor, k: Tensor, layer: LayerSpec, factor: float = 1.0) -> Tensor:
+    """`logits_of` times `factor`, multiplied in the inputs' own dtype: for maps too large for a float32 product.
+
+    Args:
+        q: [..., n, D]. k: [..., m, D]. factor: on the logits, before soft-capping.
+
+    Returns:
+        [..., n, m] in q's dtype, a new tensor; on a CPU float16 becomes float32, since its product is a thousand times slower.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.float16:
+        q, k = q.float(), k.float()
+    # scaled before the product: sums of many unscaled products overflow float16
+    logits = torch.matmul(q * (layer.scale * factor), k.transpose(-1, -2))
+    return torch.tanh(logits / layer.softcap) * layer.softcap if layer.softcap else logits
+
+
+def slabs(heads: int, n: int, m: int, block: int, pair_bytes: float) -> Iterator[tuple[slice, int, int]]:
+    """Cut a map of heads x rows x keys into pieces of at most `SLAB_BYTES`, one query tile of one head at least.
+
+    Rows are also cut, in up to eight parts, because each part needs the keys up to its own last row only.
+
+    Args:
+        heads, n, m: sizes of the map. block: rows of a query tile. pair_bytes: bytes held for one (head, row, key).
+
+    Yields:
+        (heads, first row, row after the last); rows in whole query tiles, but for the end.
+    """
+    tiles = -(-n // block)
+    tile_bytes = max(1.0, pair_bytes * block * m)
+    step = min(max(-(-tiles // 8), 2048 // block, 1), max(1, int(SLAB_BYTES / tile_bytes)))
+    width = max(1, int(SLAB_BYTES / (tile_bytes * step)))
+    for head in range(0, heads, width):
+        for first in range(0, n, step * block):
+            yield slice(head, min(head + width, heads)), first, min(first + step * block, n)
+
+
+def recent_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+    """Mean attention of the last rows, by key and by distance.
+
+    Args:
+        probe: [B, Hq, b, D], the last b query rows. k: [B, Hkv, M, D].
+
+    Returns:
+        vertical [B, Hq, M], by key j, and slash [B, Hq, M], by distance p - j; float32, each sums to 1.
+
+    Holds at most about `SLAB_BYTES` of probabilities at once.
+    """
+    batch, hq, b, d = probe.shape
+    hkv, m = k.shape[1], k.shape[2]
+    group = hq // hkv
+    future = torch.ones(b, b, dtype=torch.bool, device=k.device).triu(1)
+    width = max(1, int(SLAB_BYTES / (8 * batch * group * b * (b + m))))
+    verticals, slashes = [], []
+    for first in range(0, hkv, width):
+        keys = k[:, first : first + width]
+        rows = probe[:, first * group : (first + width) * group].reshape(batch, keys.shape[1], group * b, d)
+        logits = logits_of(rows, keys, layer).view(batch, -1, b, m)
+        logits[..., m - b :].masked_fill_(future, -torch.inf)
+        weights = torch.softmax(logits, -1)
+        verticals.append(weights.mean(2))
+        # b zeros to the left of each row, then rows cut one entry longer than they are: distances stand in columns
+        wide = torch.nn.functional.pad(weights, (b, 0)).flatten(2)
+        skewed = torch.nn.functional.pad(wide, (0, b)).view(batch, -1, b, m + b + 1)[..., 1 : m + 1]
+        slashes.append(skewed.mean(2).flip(-1))
+    return torch.cat(verticals, 1), torch.cat(slashes, 1)
+
+
 def pool_sum(x: Tensor, size: int) -> Tensor:
     """[..., M] -> [..., ceil(M / size)], sums."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+
+
+def pool_max(x: Tensor, size: int) -> Tensor:
+    """[..., M] -> [..., ceil(M / size)], largest entries."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % size), value=-torch.inf).unflatten(-1, (-1, size)).amax(-1)
 
 
 def pool_mean(x: Tensor, size: int) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from winnow import __version__
-from winnow.cli import ask, doctor, info, pipeline, ranking, settings_commands, tokens
+from winnow.cli import ask, calibrate, doctor, evaluate, info, pipeline, ranking, settings_commands, tokens
 from winnow.cli.exits import FAILED
 from winnow.cli.screen import stderr
 
@@ -38,6 +38,9 @@ app.command(rich_help_panel=LOOK)(info.status)
 app.command(rich_help_panel=LOOK)(info.methods)
 app.command(rich_help_panel=LOOK)(info.models)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
+app.command(rich_help_panel=LOOK)(evaluate.evaluate)
+app.command(rich_help_panel=LOOK)(evaluate.capture)
+app.command(rich_help_panel=SETUP)(calibrate.calibrate)
 app.add_typer(settings_commands.app, name="config", rich_help_panel=SETUP)
 app.add_typer(tokens.app, name="token", rich_help_panel=SETUP)
 

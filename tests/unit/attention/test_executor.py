@@ -7,68 +7,12 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from attention_cases import GEOMETRIES, SCALE, random_intervals, random_plan, tensors, truth
 
 from winnow.errors import InvalidRequest, Unsupported
-from winnow.workers.attention import executor, plain, sparse
+from winnow.workers.attention import csr, executor, plain
 from winnow.workers.attention.executor import attend_keys, attend_plan
 from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
-
-SCALE = 0.3
-GEOMETRIES = [  # B, Hq, Hkv, N, M, Bq, Bk
-    (1, 4, 2, 100, 100, 16, 16),
-    (2, 4, 2, 33, 90, 16, 8),
-    (1, 6, 3, 50, 77, 8, 16),
-    (1, 4, 4, 1, 1, 16, 16),
-    (1, 4, 2, 1, 50, 16, 16),
-    (2, 4, 1, 65, 128, 1, 4),
-    (1, 2, 1, 40, 43, 12, 8),
-]
-
-
-def tensors(b: int, hq: int, hkv: int, n: int, m: int, d: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Strided as in real use: q a transposed view, k and v slices of a longer buffer whose rest is NaN."""
-    gen = torch.Generator().manual_seed(n * 1000 + m)
-    q = torch.randn(b, n, hq, d, generator=gen).to(dtype).transpose(1, 2)
-    k, v = (torch.full((b, hkv, m + 9, d), torch.nan, dtype=dtype) for _ in range(2))
-    for x in (k, v):
-        x[:, :, :m] = torch.randn(b, hkv, m, d, generator=gen).to(dtype)
-    return q, k[:, :, :m], v[:, :, :m]
-
-
-def truth(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, softcap: float = 0.0, window: int = 0
-) -> tuple[Tensor, Tensor]:
-    group = q.shape[1] // k.shape[1]
-    logits = q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2) * SCALE
-    if softcap:
-        logits = torch.tanh(logits / softcap) * softcap
-    n, m = logits.shape[-2:]
-    position, key = torch.arange(n)[:, None] + m - n, torch.arange(m)
-    allowed = (key <= position) & ((key > position - window) if window else True)
-    if keep is not None:
-        allowed = allowed & keep.repeat_interleave(q.shape[1] // keep.shape[1], 1)
-    logits = logits.masked_fill(~allowed, -torch.inf)
-    return (logits.softmax(-1) @ v.double().repeat_interleave(group, 1)).float(), logits.logsumexp(-1).float()
-
-
-def random_plan(
-    geometry: tuple[int, ...], heads: int, density: float, *, batch: int | None = None, classes: bool = False
-) -> TilePlan:
-    b, _, _, n, m, bq, bk = geometry
-    gen = torch.Generator().manual_seed(int(density * 100) + heads)
-    shape = (b if batch is None else batch, heads)
-    mask = torch.rand(*shape, -(-n // bq), -(-m // bk), generator=gen) < density
-    return TilePlan.from_mask(
-        mask,
-        n_rows=n,
-        n_keys=m,
-        block_q=bq,
-        block_k=bk,
-        head_class=torch.randint(0, 3, shape, generator=gen) if classes else None,
-        sink=torch.full(shape, 3),
-        recent=torch.full(shape, 6),
-    )
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -85,16 +29,47 @@ def test_dense_path(geometry: tuple[int, ...], softcap: float, window: int) -> N
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("classes", [False, True], ids=["csr", "mixed"])
+@pytest.mark.parametrize("columns", [0.0, 0.2], ids=["tiles", "columns"])
 @pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (5.0, 0), (0.0, 7), (5.0, 7)])
-def test_plan_path(geometry: tuple[int, ...], density: float, classes: bool, softcap: float, window: int) -> None:
+def test_plan_path(geometry: tuple[int, ...], density: float, classes: bool, columns: float, softcap: float, window: int) -> None:
     q, k, v = tensors(*geometry[:5])
     for heads in sorted({1, geometry[1], geometry[2]}):
-        plan = random_plan(geometry, heads, density, classes=classes)
+        plan = random_plan(geometry, heads, density, classes=classes, columns=columns)
         plan.check()
         out, lse = attend_plan(plan, q, k, v, scale=SCALE, softcap=softcap, window=window)
         expected, expected_lse = truth(q, k, v, plan.to_dense_mask(), softcap, window)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (5.0, 0), (0.0, 7)])
+def test_intervals(geometry: tuple[int, ...], softcap: float, window: int) -> None:
+    b, hq, hkv, n, m, bq, bk = geometry
+    q, k, v = tensors(*geometry[:5])
+    for batch, heads in ((b, hq), (1, hkv), (1, 1)):
+        intervals = random_intervals(batch, heads, n, m, torch.Generator().manual_seed(heads))
+        plan = TilePlan.intervals(intervals, n_keys=m, block_q=bq, block_k=bk)
+        out, lse = attend_plan(plan, q, k, v, scale=SCALE, softcap=softcap, window=window)
+        own = torch.arange(m - n, m)[:, None]
+        keep = plan.to_dense_mask()
+        if window:  # such a row reads nothing
+            keep = keep & (torch.arange(m) > own - window)
+        expected, expected_lse = truth(q, k, v, keep, softcap)
+        expected = expected.masked_fill((expected_lse == -torch.inf).unsqueeze(-1), 0.0)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_outside_the_intervals_of_a_tile_are_not_read() -> None:
+    q, k, v = tensors(1, 4, 2, 64, 200)
+    position = torch.arange(136, 200)
+    plan = TilePlan.intervals(torch.stack((position - 30, position + 1), -1)[None, None], n_keys=200, block_q=16)
+    k, v = k.clone(), v.clone()
+    k[:, :, :106], v[:, :, :106] = torch.nan, torch.nan
+    assert bool(attend_plan(plan, q, k, v, scale=SCALE)[0].isfinite().all())
+    streaming = TilePlan.streaming(batch=1, mask_heads=1, n_rows=64, n_keys=200, sink=0, recent=31)
+    torch.testing.assert_close(attend_plan(plan, q, k, v, scale=SCALE), attend_plan(streaming, q, k, v, scale=SCALE))
 
 
 def test_one_plan_serves_every_sequence_of_a_batch() -> None:
@@ -145,7 +120,7 @@ def test_gathering_in_small_pieces_changes_nothing(monkeypatch: pytest.MonkeyPat
     q, k, v = tensors(*geometry[:5])
     plan = random_plan(geometry, 4, 0.5)
     whole, _ = attend_plan(plan, q, k, v, scale=SCALE)
-    monkeypatch.setattr(sparse, "_GATHER_BYTES", 1)
+    monkeypatch.setattr(csr, "_GATHER_BYTES", 1)
     torch.testing.assert_close(attend_plan(plan, q, k, v, scale=SCALE)[0], whole, atol=1e-6, rtol=1e-6)
 
 
@@ -157,15 +132,6 @@ def test_row_blocks_of_the_plain_path_change_nothing(monkeypatch: pytest.MonkeyP
         pieces, _ = attend_plan(None, q, k, v, scale=SCALE, softcap=softcap, window=window)
         monkeypatch.undo()
         torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("field", ["token_columns", "row_intervals", "permutation", "column_bias", "residual"])
-def test_a_field_that_cannot_be_run_is_refused_by_name(field: str) -> None:
-    q, k, v = tensors(1, 4, 2, 32, 32)
-    plan = TilePlan.dense(batch=1, mask_heads=1, n_rows=32, n_keys=32)
-    plan = dataclasses.replace(plan, **{field: TileLists.empty(1)})
-    with pytest.raises(Unsupported, match=field):
-        attend_plan(plan, q, k, v, scale=SCALE)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -187,11 +153,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_kinds_of_heads_meet_in_one_plan() -> None:
-    geometry = (1, 3, 3, 64, 64, 16, 16)
-    classes = torch.tensor([[HeadClass.DENSE, HeadClass.STREAMING, HeadClass.CSR]])
+    geometry = (1, 4, 4, 64, 64, 16, 16)
+    classes = torch.tensor([list(HeadClass)])
     plan = TilePlan.from_mask(
-        torch.zeros(1, 3, 4, 4, dtype=torch.bool), n_rows=64, n_keys=64, block_q=16, block_k=16,
-        head_class=classes, sink=torch.full((1, 3), 2), recent=torch.full((1, 3), 5),
+        torch.zeros(1, 4, 4, 4, dtype=torch.bool), n_rows=64, n_keys=64, block_q=16, block_k=16,
+        head_class=classes, sink=torch.full((1, 4), 2), recent=torch.full((1, 4), 5),
+        row_intervals=torch.tensor([3, 50]).expand(1, 4, 64, 2),
     )  # fmt: skip
     assert plan.kinds == set(HeadClass)
     q, k, v = tensors(*geometry[:5])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import dataclasses
+
 from torch import Tensor
 
 from winnow.workers.attention.plan import TilePlan
+from winnow.workers.attention.reference import attend_reference
 
 
 def tile_attention_reference(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the pairs a plan keeps.
+    """Softmax attention over the pairs a plan keeps and its pseudo-keys; a residual is left to the executor.
 
         l_ij  = scale q_i . k_j           for kept pairs, -inf otherwise
         lse_i = log sum_j exp(l_ij)
@@ -23,10 +25,6 @@ def tile_attention_reference(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor, *,
 
     Materialises all N M pairs of every head: for tests.
     """
-    group, shared = q.shape[1] // k.shape[1], q.shape[1] // plan.mask_heads
-    keep = plan.to_dense_mask().repeat_interleave(shared, 1)
-    logits = q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2) * scale
-    logits = logits.masked_fill(~keep, -torch.inf)
-    lse = logits.logsumexp(-1)
-    weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
-    return (weights @ v.double().repeat_interleave(group, 1)).float(), lse.float()
+    plan = dataclasses.replace(plan, residual=None)
+    out, lse = attend_reference(plan, q.double(), k.double(), v.double(), scale=scale)
+    return out.float(), lse.float()

@@ -1,0 +1,155 @@
+"""What an evaluation has finished: one JSON line a cell in an append-only file, synced before the next cell begins.
+
+A folder belongs to one model on one machine, because times of two machines say nothing about each other. Methods, tasks,
+lengths and seeds may be added to it later: a cell is known by everything its result depends on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from winnow import __version__
+from winnow.errors import Conflict, CorruptBlock, InvalidRequest
+from winnow.workers.model.loader import LoadedModel
+
+CELLS, MANIFEST = "cells.jsonl", "run.json"
+_FORMAT = 1
+
+Record = dict[str, Any]
+
+
+def environment(model: LoadedModel) -> dict[str, str]:
+    """Everything that all cells of a folder share: model, machine, versions that decide results or times."""
+    device = model.decoder.device
+    return {
+        "format": str(_FORMAT),
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "dtype": model.dtype_name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "winnow": __version__,
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name or platform.machine()}, {os.cpu_count()} cores"
+
+
+def cell_key(*parts: object) -> str:
+    """The name of a cell: a digest of everything its result depends on."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
+
+
+class Journal:
+    """The finished cells of one folder, by key, in the order they were finished. Use as a context manager.
+
+    Args:
+        folder: made if it is not there.
+        shared: what `environment` says; a folder of another one is refused.
+        resume: go on with what is there; otherwise a folder with cells is refused.
+
+    A torn last line, left by a crash, is cut off on opening.
+
+    Raises:
+        InvalidRequest: the folder cannot be written.
+        Conflict: the folder holds cells and resume is False, or they were made with another model, machine or version.
+        CorruptBlock: a line before the last one is damaged.
+    """
+
+    def __init__(self, folder: Path, shared: dict[str, str], *, resume: bool) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.done = self._open(shared, resume)
+            self._file = (folder / CELLS).open("ab")
+        except OSError as error:
+            raise InvalidRequest(f"--out: cannot write there ({error.strerror}); choose another folder") from None
+
+    def _open(self, shared: dict[str, str], resume: bool) -> dict[str, Record]:
+        cells, manifest = self.folder / CELLS, self.folder / MANIFEST
+        if cells.exists() and not resume:
+            raise Conflict("--out: the folder holds an evaluation already; add --resume to go on with it, or use another folder")
+        if manifest.exists():
+            try:
+                known: dict[str, str] = json.loads(manifest.read_text())
+            except ValueError:
+                raise CorruptBlock(f"--out: {MANIFEST} is not JSON; use another folder") from None
+            for name in sorted(known.keys() | shared.keys()):
+                if known.get(name) != shared.get(name):
+                    raise Conflict(
+                        f"--out: the folder's cells were made with {name} {known.get(name)!r}, this run has "
+                        f"{shared.get(name)!r}; use another folder, so that what is compared was measured alike"
+                    )
+        else:
+            write_atomic(manifest, json.dumps(shared, indent=1) + "\n")
+        return _read(cells)
+
+    def add(self, record: Record) -> None:
+        """Write a finished cell; it is on disk when this returns."""
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done[record["key"]] = record
+
+    def latest(self) -> list[Record]:
+        """The records that count. Of two cells that differ only in what the user does not name (a method's version or
+        calibration, rows measured) the later one."""
+        found = {(r["method"], r["task"], r["length"], r["seed"], r["asked_depth"]): r for r in self.done.values()}
+        return list(found.values())
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _read(path: Path) -> dict[str, Record]:
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return {record["key"]: record for record in _records(whole)}
+
+
+def _records(data: bytes) -> Iterator[Record]:
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            record: Record = json.loads(line)
+            record["key"]
+        except (ValueError, KeyError, TypeError):
+            raise CorruptBlock(
+                f"--out: line {number} of {CELLS} is damaged; remove the line to have its cell done again"
+            ) from None
+        yield record
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

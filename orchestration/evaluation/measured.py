@@ -1,0 +1,97 @@
+"""The attention backend that measures: what `PrefillBackend` does, with a clock around selection and attention and the layer's
+sampled rows compared with exact attention. The clock stands still while it compares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from winnow.orchestration.evaluation.maps import AttentionMap, attention_map
+from winnow.orchestration.evaluation.metrics import RowMetrics, head_densities, row_metrics, sampled_rows
+from winnow.workers.attention.backend import LayerSpec, RawQK
+from winnow.workers.attention.executor import attend_plan
+from winnow.workers.prefill.backend import PrefillBackend
+
+
+@dataclass(eq=False)
+class LayerLog:
+    """One layer of one prompt; every forward pass of a chunked prompt adds to it.
+
+    Attributes:
+        rows: what was found on the sampled rows of each pass.
+        kept: [Hq] pairs kept, and pairs: causal pairs of one head, over the passes.
+        select_s, attend_s: seconds spent planning and attending, device included.
+    """
+
+    rows: list[RowMetrics] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+    pairs: float = 0.0
+    select_s: float = 0.0
+    attend_s: float = 0.0
+
+
+@dataclass
+class Recorder:
+    """What is to be measured of a prompt of n_tokens tokens, and what was found.
+
+    Attributes:
+        n_rows: query rows to sample.
+        map_at: (layer, query head) of which to keep the attention map, for prompts that are one forward pass; None = none.
+    """
+
+    n_tokens: int
+    n_rows: int = 64
+    map_at: tuple[int, int] | None = None
+    layers: dict[int, LayerLog] = field(default_factory=dict)
+    map: AttentionMap | None = None
+
+    def rows_of(self, start: int, n: int) -> list[int]:
+        """The sampled rows among positions start .. start + n - 1, as rows of that pass."""
+        return [row - start for row in sampled_rows(self.n_tokens, self.n_rows) if start <= row < start + n]
+
+
+@dataclass
+class MeasuredBackend(PrefillBackend):
+    """A `PrefillBackend` whose output and KV are bit for bit the same, and which fills in a `Recorder`."""
+
+    recorder: Recorder = field(default_factory=lambda: Recorder(0))
+
+    def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, raw: RawQK) -> Tensor:
+        """See `AttentionBackend`. Mutates the segment, the tally and the recorder."""
+        n = q.shape[1]
+        end = self.start + n
+        self.segment.write(layer.idx, self.start, k, v)
+        keys = self.segment.k(layer.idx)[None, :, :end].to(q.device)
+        values = self.segment.v(layer.idx)[None, :, :end].to(q.device)
+        queries = q[None]
+        log = self.recorder.layers.setdefault(layer.idx, LayerLog())
+        began = _now(q.device)
+        plan = self.method.plan(queries, keys, layer, raw) if self.method is not None else None
+        planned = _now(q.device)
+        out, _ = attend_plan(plan, queries, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        log.attend_s += _now(q.device) - planned
+        log.select_s += planned - began
+        pairs = n * self.start + n * (n + 1) / 2
+        density = [1.0] if plan is None else head_densities(plan)
+        by_head = [density[h * len(density) // layer.n_q_heads] for h in range(layer.n_q_heads)]
+        self.tally.add(float(layer.n_q_heads) * pairs, sum(by_head) / len(by_head))
+        log.kept = [pairs * d + (log.kept[h] if log.kept else 0.0) for h, d in enumerate(by_head)]
+        log.pairs += pairs
+        rows: Sequence[int] = self.recorder.rows_of(self.start, n)
+        if rows:
+            log.rows.append(row_metrics(layer, plan, q, keys[0], values[0], out[0], rows))
+        wanted = self.recorder.map_at
+        if wanted is not None and wanted[0] == layer.idx and n == self.recorder.n_tokens:
+            self.recorder.map = attention_map(layer, plan, q, keys[0], wanted[1])
+        return out[0]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,141 @@
+"""What a plan keeps and loses of one layer's attention, on sampled query rows, against exact float32 softmax.
+
+Everything is computed from the q and k that the layer really saw. So in a sparse run the figures of a later layer are those
+of its own inputs, which earlier layers already changed; what that amounts to in the end is said by the KL divergence. A plan
+that also estimates what it leaves out is better than its recall: its output error says how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
+from winnow.workers.prefill.backend import sample_positions
+from winnow.workers.prefill.scoring import logits_of, pool_sum
+
+_LAST_ROWS = 16  # rows at the very end that are always sampled: the answer is steered by them
+
+
+@dataclass(frozen=True, eq=False)
+class RowMetrics:
+    """Sampled rows of one layer, each [Hq, R] float32 on the CPU.
+
+    Attributes:
+        recall: share of the row's attention mass on the keys the plan keeps, R.
+        oracle: the largest mass that as many key tiles as the plan's row touches can hold, R_oracle >= R.
+        error, norm: squared Euclidean length of out - exact output, and of the exact output.
+    """
+
+    recall: Tensor
+    oracle: Tensor
+    error: Tensor
+    norm: Tensor
+
+
+def sampled_rows(n: int, count: int) -> list[int]:
+    """At most `count` row indices below n, ascending: the last 16 and the rest spread evenly over all before them."""
+    last = min(_LAST_ROWS, count, n)
+    spread = sample_positions(0, n - last, count - last)
+    return sorted({*spread, *range(n - last, n)})
+
+
+def row_metrics(
+    layer: LayerSpec, plan: TilePlan | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: Sequence[int]
+) -> RowMetrics:
+    """Compare one layer's output with exact attention on some of its rows.
+
+    Args:
+        plan: what `out` was computed with; None = dense.
+        q, out: [Hq, N, D]. k, v: [Hkv, M, D], M >= N, right-aligned. Any float dtype and device.
+        rows: indices into the N rows, ascending.
+
+    Exact attention is softmax in float32 over all keys the layer may see (its window and soft-capping honoured). One KV head's
+    query heads are done at a time, so that 64 rows of 128K keys take some 100 MB. Waits for the device. Mutates nothing.
+    """
+    hq, n, _ = q.shape
+    hkv, m = k.shape[0], k.shape[1]
+    group = hq // hkv
+    index = torch.tensor(rows, device=q.device)
+    position = index[:, None] + (m - n)
+    key = torch.arange(m, device=q.device)
+    allowed = key <= position  # [R, M]
+    if layer.window:
+        allowed &= key > position - layer.window
+    mask = None if plan is None else rows_kept(plan, rows)  # [Hm, R, M]
+    parts: list[tuple[Tensor, ...]] = []
+    for head in range(hkv):
+        mine = slice(head * group, (head + 1) * group)
+        logits = logits_of(q[mine, index].reshape(1, -1, q.shape[2]), k[head : head + 1], layer).view(group, len(rows), m)
+        mass = torch.softmax(logits.masked_fill_(~allowed, -torch.inf), -1)
+        exact = torch.matmul(mass, v[head].float())
+        error = (out[mine, index].float() - exact).square().sum(-1)
+        norm = exact.square().sum(-1)
+        if plan is None or mask is None:
+            recall = oracle = torch.ones_like(norm)
+        else:
+            kept = allowed & mask[[h * plan.mask_heads // hq for h in range(mine.start, mine.stop)]]
+            recall = (mass * kept).sum(-1)
+            tiles = pool_sum(mass, plan.block_k).sort(-1, descending=True).values.cumsum(-1)
+            touched = (pool_sum(kept.float(), plan.block_k) > 0).sum(-1, keepdim=True)
+            oracle = tiles.gather(-1, touched.clamp(min=1) - 1).squeeze(-1)
+        parts.append((recall, oracle, error, norm))
+    return RowMetrics(*(torch.cat(x).cpu() for x in zip(*parts, strict=True)))
+
+
+def rows_kept(plan: TilePlan, rows: Sequence[int]) -> Tensor:
+    """[Hm, R, M] bool: keys that a plan for one sequence keeps for these ascending rows."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][1]:
+            runs[-1][1] = row + 1
+        else:
+            runs.append([row, row + 1])
+    return torch.cat([plan.to_dense_mask(start, stop)[0] for start, stop in runs], 1)
+
+
+def head_densities(plan: TilePlan) -> list[float]:
+    """`plan.density()` of each mask head of a plan for one sequence: the same definition, one head at a time. Their mean is
+    `plan.density()`. Waits for the device."""
+    found = []
+    for head in range(plan.mask_heads):
+        one = slice(head, head + 1)
+        columns, intervals = plan.token_columns, plan.row_intervals
+        found.append(
+            replace(
+                plan,
+                head_class=plan.head_class[:, one],
+                full=_rows_of(plan.full, head, plan.n_q_tiles),
+                partial=_rows_of(plan.partial, head, plan.n_q_tiles),
+                sink=plan.sink[:, one],
+                recent=plan.recent[:, one],
+                kinds=frozenset({HeadClass(int(plan.head_class[0, head]))}),
+                token_columns=None if columns is None else _rows_of(columns, head, plan.n_q_tiles),
+                row_intervals=None if intervals is None else intervals[:, one],
+            ).density()
+        )
+    return found
+
+
+def _rows_of(lists: TileLists, head: int, n_q: int) -> TileLists:
+    offsets = lists.offsets[head * n_q : (head + 1) * n_q + 1]
+    return TileLists(offsets - offsets[0], lists.ids[int(offsets[0]) : int(offsets[-1])])
+
+
+def kl_divergence(dense: Tensor, other: Tensor) -> float:
+    """KL(dense || other) in nats of two next-token distributions given as logits [V], in float64."""
+    p, q = (torch.log_softmax(x.double(), -1) for x in (dense, other))
+    return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
+def head_summary(values: Tensor) -> dict[str, list[float]]:
+    """[Hq, R] -> mean, 5th percentile and minimum over the rows of each head."""
+    return {
+        "mean": values.mean(-1).tolist(),
+        "p5": torch.quantile(values, 0.05, dim=-1).tolist(),
+        "min": values.amin(-1).tolist(),
+    }

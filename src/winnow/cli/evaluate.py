@@ -1,0 +1,249 @@
+"""`winnow evaluate` and `winnow capture`: measure prefill methods beside dense attention in a real model, without a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from winnow.cli.exits import reported
+from winnow.cli.options import AsJson
+from winnow.cli.screen import bytes_text, print_json, stage_bars, stderr, stdout, table
+from winnow.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from winnow.orchestration.evaluation.journal import Record
+    from winnow.orchestration.evaluation.summary import Row
+    from winnow.registry import Registry
+    from winnow.workers.model.loader import LoadedModel
+
+N = TypeVar("N")
+
+Model = Annotated[str, typer.Option(help="Folder, .gguf file, hub id, or default.")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+def evaluate(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for report.html, results.json and the finished cells.", show_default=False)
+    ],
+    model: Model = "default",
+    methods: Annotated[
+        str, typer.Option(help="Prefill methods, NAME or NAME:key=value,... with commas between; all = every one.")
+    ] = "flexprefill",
+    lengths: Annotated[str, typer.Option(help="Prompt tokens, exact.")] = "1024,2048",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, NAME or NAME:key=value,... with commas between; all = every one.")
+    ] = "needle",
+    seeds: Annotated[int, typer.Option(help="Prompts of each task and length.")] = 2,
+    depths: Annotated[
+        str, typer.Option(help="Put evidence at these shares of the prompt, e.g. 0,0.5,1 (default: one drawn for each seed).")
+    ] = "",
+    chunk: Annotated[int, typer.Option(help="Prefill in chunks of so many tokens, where a method can; 0 = in one pass.")] = 0,
+    measured_seeds: Annotated[
+        int, typer.Option(help="Seeds of which attention is measured layer by layer, in a second prefill.")
+    ] = 1,
+    rows: Annotated[int, typer.Option(help="Query rows it is measured on.")] = 64,
+    attention_map: Annotated[
+        str,
+        typer.Option(
+            "--map", metavar="LAYER:HEAD", help="Head whose attention map is drawn (default: the middle layer's first)."
+        ),
+    ] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in a folder that holds cells; finished ones stay.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure prefill methods beside dense attention: task scores, recall, density, KL, time. Ctrl-C loses one cell at most.
+
+    Everything runs in this process, with real text from this Python's own documentation. Dense is always among the methods.
+    """
+    with reported(as_json=as_json):
+        from winnow.orchestration.evaluation import figures
+        from winnow.orchestration.evaluation.journal import environment
+        from winnow.orchestration.evaluation.report import write_report
+        from winnow.orchestration.evaluation.runner import Evaluation, Grid
+        from winnow.orchestration.evaluation.summary import summarise
+        from winnow.orchestration.evaluation.task import tasks as known_tasks
+        from winnow.workers.prefill.base import prefill_methods
+
+        figures.check_installed()
+        grid = Grid(
+            methods=split_specs("--methods", methods, prefill_methods.names),
+            lengths=_numbers("--lengths", lengths, int),
+            tasks=split_specs("--tasks", tasks, known_tasks.names),
+            seeds=seeds,
+            depths=_numbers("--depths", depths, float),
+            chunk_tokens=chunk,
+            measured_seeds=measured_seeds,
+            n_rows=rows,
+            map_at=_layer_and_head(attention_map),
+        )
+        _check_specs(prefill_methods, grid.methods)
+        _check_specs(known_tasks, grid.tasks)
+        loaded = _load(model, dtype, device, shown=not as_json)
+        with _cells(shown=not as_json) as (on_progress, on_cell):
+            try:
+                records = Evaluation(loaded, grid, on_progress, on_cell).run(out, resume=resume)
+            except KeyboardInterrupt:
+                stderr.print("[yellow]finished cells are kept: the same command with --resume goes on[/]")
+                raise
+        results, page = write_report(out, environment(loaded), records)
+        found = summarise(records)
+        if as_json:
+            print_json({"report": str(page), "results": str(results), "cells": len(records), "rows": found})
+            return
+        _show(found)
+        stdout.print(f"\nreport   {page}\nresults  {results}", markup=False, soft_wrap=True)
+
+
+def capture(
+    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.", show_default=False)],
+    model: Model = "default",
+    length: Annotated[int, typer.Option(help="Tokens of text.", min=1)] = 4096,
+    layers: Annotated[str, typer.Option(help="all, or a list like 0,4,10-12; -1 is the last.")] = "all",
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="A text of your own (default: this Python's docs).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the text, where it is not your own.", min=0)] = 0,
+    raw: Annotated[bool, typer.Option("--raw/--no-raw", help="Keep q and k from before RoPE too.")] = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Store real q, k and v of a model's layers on a real text, for benchmarks of kernels and indexes."""
+    with reported(as_json=as_json):
+        from winnow.orchestration.evaluation.capture import capture as keep
+        from winnow.orchestration.evaluation.capture import parse_layers
+        from winnow.orchestration.evaluation.text import filler
+
+        loaded = _load(model, dtype, device, shown=not as_json)
+        chosen = parse_layers(layers, loaded.spec.n_layers)
+        if file is None:
+            bos = loaded.tokenizer.bos_ids
+            ids = [*bos, *filler(loaded.tokenizer, max(0, length - len(bos)), seed)[0]][:length]
+            text = f"this Python's documentation, seed {seed}"
+        else:
+            from winnow.cli.ask import read_text
+
+            ids, text = loaded.tokenizer.encode_prompt(read_text(str(file)))[:length], "a text of the user's own"
+            if len(ids) < length:
+                raise InvalidRequest(f"--file: has {len(ids)} tokens, --length asks for {length}; ask for less or give more text")
+        with stage_bars(shown=not as_json) as on_stage:
+            path = keep(loaded, ids, chosen, out, text=text, with_raw=raw,
+                        on_progress=lambda done, total: on_stage("capturing", done, total))  # fmt: skip
+        size = path.stat().st_size
+        if as_json:
+            print_json({"path": str(path), "layers": chosen, "tokens": len(ids), "size_bytes": size})
+            return
+        stdout.print(f"{path}  ({len(chosen)} layers, {len(ids)} tokens, {bytes_text(size)})", markup=False, soft_wrap=True)
+
+
+def split_specs(option: str, text: str, names: Callable[[], list[str]]) -> tuple[str, ...]:
+    """ "a,b:x=1,y=2,c" -> ("a", "b:x=1,y=2", "c"): a piece with "=" and no ":" before it belongs to the spec before it.
+
+    Raises:
+        InvalidRequest: empty, or such a piece without a spec before it.
+    """
+    if text.strip() == "all":
+        return tuple(names())
+    found: list[str] = []
+    for piece in (piece.strip() for piece in text.split(",")):
+        name, equals, _ = piece.partition("=")
+        if equals and ":" not in name:
+            if not found or ":" not in found[-1]:
+                raise InvalidRequest(f"{option}: {piece!r:.40} belongs to no method or task; write NAME:key=value")
+            found[-1] += f",{piece}"
+        elif piece:
+            found.append(piece)
+    if not found:
+        raise InvalidRequest(f"{option}: empty; known are {', '.join(names())}")
+    return tuple(found)
+
+
+def _check_specs(registry: Registry[Any], specs: tuple[str, ...]) -> None:
+    """Raises UnknownName or InvalidRequest: before a model is loaded for nothing."""
+    from winnow.registry import parse_spec
+
+    for spec in specs:
+        name, params = parse_spec(spec)
+        registry.create(name, dict(params))
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+    try:
+        return tuple(kind(piece) for piece in text.split(",") if piece.strip())
+    except ValueError:
+        raise InvalidRequest(f"{option}: expected numbers with commas between, got {text!r:.40}") from None
+
+
+def _layer_and_head(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    layer, _, head = text.partition(":")
+    try:
+        return int(layer), int(head)
+    except ValueError:
+        raise InvalidRequest(f"--map: expected LAYER:HEAD, for example 12:3, got {text!r:.40}") from None
+
+
+def _load(source: str, dtype: str, device: str, *, shown: bool) -> LoadedModel:
+    from winnow.workers.model.loader import load_model
+
+    with stage_bars(shown=shown) as on_stage:
+        return load_model(source, dtype=dtype, device=device, on_progress=on_stage)
+
+
+@contextmanager
+def _cells(*, shown: bool) -> Iterator[tuple[Callable[[int, int, str], None], Callable[[Record], None]]]:
+    """Functions for the cell under way and for a finished one: a bar on a terminal, a line a cell elsewhere."""
+    if not shown:
+        yield lambda done, total, what: None, lambda record: None
+    elif not stderr.is_terminal:
+        yield lambda done, total, what: None, lambda record: stderr.print(_cell_line(record), markup=False, soft_wrap=True)
+    else:
+        columns = (SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.description}", markup=False))  # fmt: skip
+        with Progress(*columns, console=stderr, transient=True) as progress:
+            task = progress.add_task("", total=None)
+            yield (
+                lambda done, total, what: progress.update(task, completed=done, total=total, description=what),
+                lambda record: None,
+            )
+
+
+def _cell_line(record: Record) -> str:
+    head = f"{record['method']}  {record['task']}  {record['length']} tokens  seed {record['seed']}"
+    if "unsupported" in record:
+        return f"{head}  cannot run: {record['unsupported']}"
+    return f"{head}  score {record['score']:.3g}  density {record['density']:.2f}  prefill {record['prefill_s']:.2f} s"
+
+
+def _show(rows: list[Row]) -> None:
+    """The chief figures, a table a length; the report has the rest."""
+    titles = ("score", "same", "KL", "recall", "density", "time")
+    for length in sorted({row.length for row in rows}):
+        shown = table(f"\n{length} tokens", "method", *titles, right=titles)
+        shown.columns[0].min_width = 28  # a method with its parameters must stay readable on a narrow screen
+        for row in (row for row in rows if row.length == length):
+            values = (
+                (row.score, ".3f"), (row.same_answer, ".0%"), (row.kl, ".2g"), (row.recall_mean, ".4f"), (row.density, ".3f"),
+                (row.time_ratio, ".2f"),
+            )  # fmt: skip
+            name = escape(row.method) + (f"\n[yellow]{escape(row.unsupported)}[/]" if row.unsupported else "")
+            shown.add_row(name, *("-" if value is None else format(value, form) for value, form in values))
+        stdout.print(shown)
+    stdout.print("[dim]same = answers equal to dense's, word for word; time = prefill time over dense's on the same prompts[/]")

@@ -1,0 +1,217 @@
+"""ProxyAttn against what its authors say it does: exact rankings where averaging is none, and where averaging must fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from workloads import Shape, s1_noise, s2_verticals, s6_needle, s7_mixture
+
+from winnow.errors import InvalidRequest, Unsupported
+from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill import scoring
+from winnow.workers.prefill.methods.proxyattn import ProxyAttn
+from winnow.workers.prefill.scoring import forbidden_tiles, keep_top, logits_of, pool_mean
+
+LAYER = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32))
+LONG = Shape(1000, 1000)  # ragged in tiles of 32
+SHAPES = [Shape(512, 512), LONG, Shape(300, 777)]
+
+
+def plan_of(method: ProxyAttn, q: Tensor, k: Tensor, layer: LayerSpec = LAYER) -> TilePlan:
+    plan = method.plan(q, k, layer)
+    assert plan is not None
+    plan.check()
+    return plan
+
+
+def probabilities(q: Tensor, k: Tensor) -> Tensor:
+    logits = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * LAYER.scale
+    n, m = logits.shape[-2:]
+    return logits.masked_fill(~torch.ones(n, m, dtype=torch.bool).tril(m - n), -torch.inf).softmax(-1)
+
+
+def tile_max(x: Tensor, b: int) -> Tensor:
+    """[B, H, N, M] -> [B, H, nQ, nK]."""
+    n, m = x.shape[-2:]
+    padded = torch.nn.functional.pad(x, (0, -m % b, 0, -n % b), value=-1.0)
+    return padded.unflatten(-1, (-1, b)).unflatten(-3, (-1, b)).amax((-1, -3))
+
+
+def recall(plan: TilePlan, p: Tensor) -> Tensor:
+    return (p * plan.to_dense_mask()).sum(-1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_proxy_per_head_without_a_stride_ranks_as_the_exact_max_pooled_attention(shape: Shape) -> None:
+    x = s7_mixture(shape, 2)
+    method = ProxyAttn(gamma=0.8, groups=4, stride=1, min_budget=32, block=32)
+    plan = plan_of(method, x.q, x.k)
+    p = probabilities(x.q, x.k)
+    forbidden = forbidden_tiles(shape.n, shape.m, 32, 32, "cpu")
+    oracle = keep_top(tile_max(p, 32).masked_fill(forbidden, -torch.inf), method._budgets(x.q, x.k, LAYER))
+    oracle[..., 0] = True
+    best = TilePlan.from_mask(oracle, n_rows=shape.n, n_keys=shape.m, block_q=32, block_k=32)
+    agreement = (plan.tile_mask() == best.tile_mask()).double().mean()
+    assert float(agreement) > 0.999  # float32 against float64: neighbours within rounding may swap
+    torch.testing.assert_close(recall(plan, p).mean(), recall(best, p).mean(), atol=1e-4, rtol=0)
+    assert plan.density() < 0.9
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_with_all_heads_alike_one_proxy_gives_the_plan_of_many(groups: int, stride: int) -> None:
+    x = s7_mixture(Shape(LONG.n, LONG.m, q_heads=1, kv_heads=1), 5)
+    q, k = x.q.expand(-1, 4, -1, -1), x.k.expand(-1, 2, -1, -1)
+    one = plan_of(ProxyAttn(gamma=0.8, stride=stride, min_budget=32, block=32), q, k)
+    many = plan_of(ProxyAttn(gamma=0.8, stride=stride, min_budget=32, block=32, groups=groups), q, k)
+    assert torch.equal(one.tile_mask(), many.tile_mask())
+
+
+def test_a_concentrated_head_gets_a_smaller_budget_and_a_uniform_one_about_gamma() -> None:
+    x = s1_noise(Shape(1024, 1024), 1)
+    q, k = 0.0 * x.q, x.k.clone()
+    k[:, 1, :32] += 10.0  # KV head 1: one tile that takes everything
+    q[:, 2:] = 1.0
+    budgets = ProxyAttn(gamma=0.9, min_budget=32, block=32)._budgets(q, k, LAYER)[0, :, -1]
+    # the mean of the last tile's causal rows gives that tile half weight, so slightly less than all 32 count
+    assert budgets[:2].tolist() == [29, 29]
+    assert budgets[2:].tolist() == [1, 1]
+
+
+def test_a_rows_budget_is_the_heads_share_of_the_tiles_it_may_read() -> None:
+    x = s1_noise(Shape(1024, 1024), 1)
+    scaled = ProxyAttn(gamma=0.5, min_budget=32, block=32)._budgets(x.q, x.k, LAYER)[0]
+    fixed = ProxyAttn(gamma=0.5, min_budget=32, block=32, row_scaled=False)._budgets(x.q, x.k, LAYER)[0]
+    assert torch.equal(scaled[:, -1], fixed[:, -1])
+    assert torch.equal(fixed, fixed[:, -1:].expand(-1, 32))
+    for head in range(4):
+        share = int(scaled[head, -1])
+        assert scaled[head].tolist() == [math.ceil(share * tiles / 32) for tiles in range(1, 33)]
+
+
+def test_averaging_cancels_heads_that_look_away_from_each_other_and_more_groups_bring_them_back() -> None:
+    """The negative test: KV head 0 answers to +u at one tile, KV head 1 to -u at another; the mean query is noise."""
+    shape = Shape(1024, 1024)
+    x = s1_noise(shape, 7)
+    u = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(7)), dim=0)
+    gain = math.sqrt(12 * math.sqrt(32))
+    q, k = 0.1 * x.q, 0.1 * x.k
+    q[:, :2] += gain * u
+    q[:, 2:] -= gain * u
+    k[:, 0, 256:288] += gain * u
+    k[:, 1, 608:640] -= gain * u
+    p = probabilities(q, k)[:, :, 700:]  # rows that see both
+
+    def mean_recall(groups: int) -> float:
+        plan = plan_of(ProxyAttn(gamma=0.95, groups=groups, min_budget=32, block=32), q, k)
+        assert plan.density() < 0.4
+        return float((p * plan.to_dense_mask()[:, :, 700:]).sum(-1).mean())
+
+    assert mean_recall(1) < 0.6
+    assert mean_recall(2) > 0.95
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2, 3])
+def test_a_needle_as_wide_as_the_stride_is_kept_at_every_phase(phase: int) -> None:
+    x = s6_needle(Shape(1024, 1024), 3, width=32)
+    k = x.k.clone()
+    first = x.planted["needle"][0]
+    needle = k[:, :, first : first + 4].clone()
+    k[:, :, first : first + 32] = s1_noise(Shape(1024, 1024), 4).k[:, :, first : first + 32]
+    k[:, :, first + phase : first + phase + 4] = needle
+    mask = plan_of(ProxyAttn(gamma=0.5, min_budget=64, block=32), x.q, k).tile_mask()
+    assert bool(mask[:, :, -1, first // 32].all())
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2, 3])
+def test_a_single_needle_key_is_kept_at_every_phase_without_a_stride_and_at_phase_0_with_one(phase: int) -> None:
+    """The limit that the class states: at another phase a strided proxy does not see it."""
+    x = s6_needle(Shape(1024, 1024), 3, width=32)
+    k = x.k.clone()
+    first = x.planted["needle"][0]
+    needle = 1.5 * k[:, :, first].clone()
+    k[:, :, first : first + 32] = 0.0
+    k[:, :, first + phase] = needle
+    tile = first // 32
+    fine = plan_of(ProxyAttn(gamma=0.5, min_budget=64, block=32, stride=1), x.q, k).tile_mask()
+    assert bool(fine[:, :, -1, tile].all())
+    strided = plan_of(ProxyAttn(gamma=0.5, min_budget=64, block=32), x.q, k).tile_mask()
+    assert bool(strided[:, :, -1, tile].all()) == (phase == 0)
+
+
+def test_recall_beats_mean_pooling_at_equal_density_where_heads_share_structure() -> None:
+    """A proxy per KV head: its group sees the same structure, of single keys, hence no stride. Controls with the same budgets
+    are ranked by pooled q times pooled k, and by the true mass of a tile."""
+    shape = Shape(768, 768)
+    method = ProxyAttn(gamma=0.9, groups=2, stride=1, min_budget=64, block=32)
+    forbidden = forbidden_tiles(shape.n, shape.m, 32, 32, "cpu")
+    sums = torch.zeros(3, 2)  # proxies, pooled, oracle: recall and density
+    for seed in range(6):
+        x = s7_mixture(shape, seed)
+        p, budgets = probabilities(x.q, x.k), method._budgets(x.q, x.k, LAYER)
+        pooled = logits_of(pool_mean(x.q, 32), pool_mean(x.k, 32).repeat_interleave(2, 1), LAYER)
+        mass = p.unflatten(-1, (-1, 32)).unflatten(-3, (-1, 32)).sum((-1, -3)).float()
+        plans = [plan_of(method, x.q, x.k)]
+        for scores in (pooled, mass):
+            mask = keep_top(scores.masked_fill(forbidden, -torch.inf), budgets)
+            mask[..., 0] = True
+            plans.append(TilePlan.from_mask(mask, n_rows=shape.n, n_keys=shape.m, block_q=32, block_k=32))
+        sums += torch.tensor([[float(recall(plan, p).mean()), plan.density()] for plan in plans])
+    (mine, density), (pooled_recall, pooled_density), (best, _) = (sums / 6).tolist()
+    assert density == pytest.approx(pooled_density, abs=0.02)
+    assert mine > pooled_recall + 0.01
+    assert mine > 0.9 * best
+
+
+def test_the_layers_scale_and_softcap_enter_the_selection() -> None:
+    x = s7_mixture(LONG, 4)
+    method = ProxyAttn(gamma=0.7, min_budget=32, block=32, groups=2)
+    plain = plan_of(method, x.q, x.k).tile_mask()
+    assert torch.equal(plain, plan_of(method, x.q * 2, x.k, dataclasses.replace(LAYER, scale=LAYER.scale / 2)).tile_mask())
+    assert not torch.equal(plain, plan_of(method, x.q, x.k, dataclasses.replace(LAYER, scale=LAYER.scale / 8)).tile_mask())
+    assert not torch.equal(plain, plan_of(method, x.q, x.k, dataclasses.replace(LAYER, softcap=1.0)).tile_mask())
+
+
+def test_slabs_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = s7_mixture(Shape(500, 1000), 6)
+    method = ProxyAttn(gamma=0.8, min_budget=32, block=32, groups=2)
+    whole = plan_of(method, x.q, x.k).tile_mask()
+    monkeypatch.setattr(scoring, "SLAB_BYTES", 1)
+    assert torch.equal(whole, plan_of(method, x.q, x.k).tile_mask())
+
+
+def test_short_prompts_and_layers_with_a_window_stay_dense() -> None:
+    x = s2_verticals(LONG)
+    assert ProxyAttn().plan(x.q, x.k, LAYER) is None  # 1,000 tokens, min_budget 2,048
+    assert ProxyAttn(min_budget=64, block=32).plan(x.q, x.k, dataclasses.replace(LAYER, window=500)) is None
+    assert ProxyAttn(min_budget=64, block=32).plan(x.q, x.k, dataclasses.replace(LAYER, window=1000)) is not None
+
+
+@pytest.mark.parametrize("groups", [3, 8, 5])
+def test_groups_that_do_not_fit_the_heads_are_refused_with_those_that_do(groups: int) -> None:
+    x = s1_noise(LONG)
+    with pytest.raises(Unsupported, match=r"use one of \[1, 2, 4\]"):
+        ProxyAttn(groups=groups, min_budget=64, block=32).plan(x.q, x.k, LAYER)
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"gamma": 0.0}, "gamma"),
+        ({"gamma": float("nan")}, "gamma"),
+        ({"groups": 0}, "groups"),
+        ({"stride": 3}, "stride"),
+        ({"stride": 0}, "stride"),
+        ({"block": 48}, "block"),
+        ({"min_budget": 0}, "min_budget"),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(params: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        ProxyAttn(**params)

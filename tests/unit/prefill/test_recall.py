@@ -1,0 +1,80 @@
+"""The recall method keeps the mass it is asked for, on rows it did not look at, with fewer tiles where there is structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from selection import LAYER, kept_mass, plan_of, probabilities
+from workloads import Shape, Workload, s1_noise, s2_verticals, s4_segments, s5_sink, s7_mixture
+
+from winnow.errors import InvalidRequest
+from winnow.workers.prefill import scoring
+from winnow.workers.prefill.methods import recall as module
+from winnow.workers.prefill.methods.recall import Recall, sample_rows, tile_mass
+from winnow.workers.prefill.methods.xattention import XAttention
+
+LONG = Shape(1000, 1000)  # ragged in tiles of 32
+
+
+@pytest.mark.parametrize("target", [0.8, 0.9, 0.98])
+@pytest.mark.parametrize("make", [s1_noise, s2_verticals, s4_segments, s5_sink, s7_mixture])
+@pytest.mark.parametrize("shape", [LONG, Shape(700, 1003)], ids=str)
+def test_every_head_keeps_the_mass_it_is_asked_for(target: float, make: Callable[..., Workload], shape: Shape) -> None:
+    x = make(shape, 3)
+    plan = plan_of(Recall(recall=target, block=32, stride=8, rows=64), x.q, x.k)
+    rows = torch.ones(shape.n, dtype=torch.bool)
+    rows[sample_rows(shape.n, 64, 0, torch.device("cpu"))] = False
+    assert float(kept_mass(plan, x)[..., rows].mean(-1).min()) >= target - 0.02
+
+
+def test_less_is_read_where_less_is_asked_for_and_where_there_is_structure() -> None:
+    x = s4_segments(LONG, 5)
+    densities = [plan_of(Recall(recall=r, block=32, stride=8), x.q, x.k).density() for r in (0.7, 0.9, 0.98)]
+    assert densities == sorted(densities) and densities[0] < densities[2]
+    noise = s1_noise(LONG, 5)
+    assert densities[1] + 0.1 < plan_of(Recall(recall=0.9, block=32, stride=8), noise.q, noise.k).density()
+
+
+def test_heads_get_thresholds_of_their_own() -> None:
+    """The scorer's own share misses the target on one head and overshoots on another; the controller meets it on both."""
+    sharp, flat = s2_verticals(LONG, 1), s1_noise(LONG, 2)
+    x = Workload(*(torch.cat((getattr(sharp, n)[:, :h], getattr(flat, n)[:, :h]), 1) for n, h in (("q", 2), ("k", 1), ("v", 1))))
+    fixed = kept_mass(plan_of(XAttention(threshold=0.9, block=32, stride=8), x.q, x.k), x).mean(-1)[0]
+    chosen = kept_mass(plan_of(Recall(recall=0.9, block=32, stride=8), x.q, x.k), x).mean(-1)[0]
+    assert float(chosen.min()) >= 0.88
+    assert float(chosen.max() - chosen.min()) < float(fixed.max() - fixed.min())
+
+
+def test_the_estimate_over_all_tried_thresholds_has_no_bias() -> None:
+    """Over many samples the mean of the sampled rows' mass is that of all rows, tile by tile."""
+    x = s7_mixture(LONG, 7)
+    everything = scoring.pool_sum(probabilities(x.q, x.k).float(), 32).mean(2)
+    found = [tile_mass(x.q, x.k, LAYER, sample_rows(1000, 16, seed, torch.device("cpu")), 32).mean(2) for seed in range(200)]
+    error = torch.stack(found).std(0) / len(found) ** 0.5
+    assert bool(((torch.stack(found).mean(0) - everything).abs() <= 5 * error + 1e-5).all())
+
+
+@pytest.mark.parametrize("shape", [LONG, Shape(333, 1001), Shape(1, 257)], ids=str)
+def test_tile_mass_equals_its_definition_in_slabs_too(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = s7_mixture(shape, 8)
+    rows = sample_rows(shape.n, 16, 1, torch.device("cpu"))
+    expected = scoring.pool_sum(probabilities(x.q, x.k)[:, :, rows].float(), 32)
+    torch.testing.assert_close(tile_mass(x.q, x.k, LAYER, rows, 32), expected, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(module, "SLAB_BYTES", 1)
+    torch.testing.assert_close(tile_mass(x.q, x.k, LAYER, rows, 32), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 1000])
+def test_a_sample_has_one_row_of_each_part(n: int) -> None:
+    rows = sample_rows(n, 64, 3, torch.device("cpu"))
+    count = min(64, n)
+    assert rows.shape == (count,)
+    assert torch.equal((rows * count).div(n, rounding_mode="floor"), torch.arange(count))
+
+
+@pytest.mark.parametrize("wrong", [{"recall": 0.0}, {"recall": float("nan")}, {"rows": 4}, {"confidence": -1.0}, {"stride": 7}])
+def test_parameters_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+        Recall(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""Distilling SEA: what the dense model says about cells, that a network learns it, and that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from workloads import Shape, s7_mixture
+
+from winnow.errors import ContextTooLong, InvalidRequest, Unsupported
+from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.executor import attend_plan
+from winnow.workers.model.loader import LoadedModel, load_model
+from winnow.workers.model.spec import ModelSpec, RopeSpec
+from winnow.workers.model.tiny import make_tiny_model
+from winnow.workers.prefill import calibration
+from winnow.workers.prefill.methods.sea import SEA, Mix, Network
+from winnow.workers.prefill.training import sea, trainer
+from winnow.workers.prefill.training.sea import calibrate, read_cells
+
+QUICK = {"tokens": 192, "steps": 100, "held_out": 2, "k": 16, "columns": 128, "rate": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Random, but its queries and keys are mostly their bias, so that attention has a shape as in trained models: peaks at some
+    distances, which contents move a little."""
+    torch.set_num_threads(1)
+    loaded = load_model(
+        str(make_tiny_model(tmp_path_factory.mktemp("tiny") / "qwen2", "qwen2", seed=3)), dtype="fp32", device="cpu"
+    )
+    for layer in loaded.decoder.layers:
+        assert layer.qkv_bias is not None
+        layer.qkv_bias[: 6 * 16] *= 20.0
+        layer.qkv[: 6 * 16] *= 0.1
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WINNOW_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_cells_hold_the_dense_models_mass_and_the_plan_reads_the_same_keys(
+    softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = s7_mixture(Shape(150, 150), 1)
+    layer = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32), softcap=softcap)
+    tensors = {name: tensor[None] for name, tensor in sea.Sizes(4, 32, 150, 20, 16).initial(0).items()}
+    spec = ModelSpec("llama", 1, 128, 128, 4, 2, 32, 8, 4096, (), (RopeSpec((1.0,)),), (0,))
+    method = SEA(k=6).with_network(Network.of(tensors, spec, torch.device("cpu")))
+    assert method.network is not None
+    plan = method.plan(x.q, x.k, layer)
+    cells, _ = method._cells(method.network, x.q, x.k, layer)
+    assert plan is not None and isinstance(plan.residual, Mix)
+    monkeypatch.setattr(sea, "_TEACHER_BYTES", 16 * 4 * 150 * 40)  # 40 rows at a time
+    truth, sparse, recall = read_cells(x.q, x.k, x.v, layer, cells)
+    logits = x.q.double() @ x.k.double().repeat_interleave(2, 1).transpose(-1, -2) * layer.scale
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    share = logits.masked_fill(~torch.ones(150, 150, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+    for i in (0, 1, 7, 16, 77, 149):
+        expected = torch.zeros(4, 16, dtype=torch.float64)
+        for j in range(i + 1):
+            expected[:, (2 * j + 1) * 16 // (2 * (i + 1))] += share[0, :, i, j]
+        torch.testing.assert_close(truth[0, :, i].double(), expected, atol=1e-6, rtol=1e-4)
+    out, _ = attend_plan(plan.residual.plan, x.q, x.k, x.v, scale=layer.scale, softcap=softcap)
+    torch.testing.assert_close(sparse, out, atol=1e-5, rtol=1e-4)
+    assert float(recall) == pytest.approx(float((share * plan.to_dense_mask()).sum(-1).mean()), abs=1e-5)
+
+
+def test_distillation_halves_the_divergence_and_the_result_is_used(model: LoadedModel) -> None:
+    done: list[tuple[int, int]] = []
+    tensors, made = trainer("sea")(model, on_progress=lambda *at: done.append(at), **QUICK)
+    before, after, uniform = (float(made[f"divergence_{name}"]) for name in ("before", "after", "uniform"))
+    assert after <= 0.5 * before
+    assert after < uniform
+    assert float(made["recall_after"]) > float(made["recall_before"])
+    assert float(made["context_error_after"]) < float(made["context_error_before"])
+    assert done[-1] == (104, 104) and [at for at, _ in done] == sorted(at for at, _ in done)
+    calibration.save("sea", model.fingerprint, tensors, made)
+    method = SEA(k=16).bind(model)
+    assert method.calibration_id
+    layer = model.spec.layers[0]
+    gen = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 192, layer.head_size, generator=gen) for heads in (layer.n_q_heads, layer.n_kv_heads))
+    plan = method.plan(q, k, layer)
+    assert plan is not None
+    plan.check()
+    with pytest.raises(ContextTooLong, match="at most 192"):
+        method.plan(q, k.repeat(1, 1, 2, 1), layer)
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {**QUICK, "steps": 6, "tokens": 64}
+    whole, made = calibrate(model, seed=4, **quick)
+    monkeypatch.setattr(sea, "_SAVE_EVERY", 2)
+
+    def stop(done: int, total: int) -> None:
+        if done == 2 + 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, on_progress=stop, seed=4, **quick)
+    read: list[int] = []
+    monkeypatch.setattr(sea, "read", lambda *args, original=sea.read: (read.append(1), original(*args))[1])
+    again, made_again = calibrate(model, seed=4, **quick)
+    assert len(read) == 2 + 2  # the two steps that were not saved, and the last measurement
+    assert made_again == made
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"tokens": 63}, "tokens"),
+        ({"steps": -1}, "steps"),
+        ({"rate": 0.0}, "rate"),
+        ({"held_out": 0}, "held_out"),
+        ({"columns": 30}, "columns"),
+        ({"factor": 0}, "factor"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_bad_options_are_refused_by_name(model: LoadedModel, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        calibrate(model, **options)
+
+
+def test_more_tokens_than_the_model_reads_and_windows_everywhere_are_refused(model: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(ContextTooLong, match="tokens is 4096"):
+        calibrate(model, tokens=4096)
+    windowed = load_model(str(make_tiny_model(tmp_path / "mistral", "mistral")), dtype="fp32", device="cpu")
+    with pytest.raises(Unsupported, match="window"):
+        calibrate(windowed, tokens=256)

@@ -1,0 +1,171 @@
+"""Tiles and ragged lists of ids: the geometry that plans, executors and kernels share. It knows no heads and no scores.
+
+N query rows, M >= N keys, right-aligned: row i sits at position p = i + (M - N) and may read key j iff j <= p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.errors import InvalidRequest
+
+
+@dataclass(frozen=True, eq=False)
+class TileLists:
+    """Ragged rows of ids. Row x is `ids[offsets[x]:offsets[x + 1]]`, ascending and without repeats.
+
+    Attributes:
+        offsets: [rows + 1] int64.
+        ids: [>= offsets[-1]] int32. On an accelerator it may be longer than offsets[-1]: its exact length is known on the
+            device only, and asking for it would stall the queue. What lies beyond is meaningless.
+    """
+
+    offsets: Tensor
+    ids: Tensor
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, compact: bool | None = None) -> TileLists:
+        """Columns that are set, row by row.
+
+        Args:
+            mask: [..., C] bool, any device; leading axes are flattened into rows.
+            compact: cut `ids` to its exact length, which waits for the device; default: only on the CPU.
+        """
+        columns = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+        return cls.from_ids(columns.expand(mask.shape), mask, compact=compact)
+
+    @classmethod
+    def from_ids(cls, ids: Tensor, valid: Tensor | None = None, *, compact: bool | None = None) -> TileLists:
+        """Rows of equally many candidates, of which some count: keys that a head chose, for every query tile.
+
+        Args:
+            ids: [..., K] integer, ascending and without repeats where valid; leading axes are flattened into rows.
+            valid: [..., K] bool, what to take; None = all.
+            compact: as `from_mask`.
+        """
+        flat = ids.reshape(-1, ids.shape[-1])
+        chosen = torch.ones_like(flat, dtype=torch.bool) if valid is None else valid.reshape(flat.shape)
+        offsets = torch.zeros(flat.shape[0] + 1, dtype=torch.int64, device=ids.device)
+        torch.cumsum(chosen.sum(-1, dtype=torch.int64), 0, out=offsets[1:])
+        return cls(offsets, _gathered(flat, chosen, compact))
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device | str = "cpu") -> TileLists:
+        """`rows` empty rows."""
+        return cls(torch.zeros(rows + 1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int32, device=device))
+
+    @property
+    def n_rows(self) -> int:
+        return self.offsets.numel() - 1
+
+    def counts(self) -> Tensor:
+        """[rows] int64, length of each row."""
+        return self.offsets.diff()
+
+    def row_of_ids(self) -> Tensor:
+        """[len(ids)] int64: the row each id belongs to; `n_rows` for what lies beyond the last row."""
+        place = torch.arange(self.ids.numel(), device=self.ids.device)
+        return torch.searchsorted(self.offsets[1:].contiguous(), place, right=True)
+
+    def only(self, keep: Tensor, *, compact: bool | None = None) -> TileLists:
+        """The same rows with the ids set in keep [len(ids)] bool. Does not wait for the device unless compact."""
+        keep = keep & (torch.arange(keep.numel(), device=keep.device) < self.offsets[-1])
+        before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+        return TileLists(before[self.offsets], _gathered(self.ids, keep, compact))
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """(row, id) of every entry, both [n] int64. Waits for the device."""
+        rows = torch.repeat_interleave(torch.arange(self.n_rows, device=self.ids.device), self.counts())
+        return rows, self.ids[: rows.numel()].long()
+
+    def to_mask(self, columns: int) -> Tensor:
+        """[rows, columns] bool. Waits for the device."""
+        mask = torch.zeros(self.n_rows, columns, dtype=torch.bool, device=self.ids.device)
+        mask[self.entries()] = True
+        return mask
+
+
+def _gathered(ids: Tensor, keep: Tensor, compact: bool | None) -> Tensor:
+    """The kept ids in order, int32: cut to their number, or as many slots as there are ids."""
+    if ids.device.type == "cpu" if compact is None else compact:
+        return ids[keep].to(torch.int32)
+    keep, trash = keep.reshape(-1), ids.numel()  # what is not kept is written to one slot past the end
+    place = torch.where(keep, keep.cumsum(0) - 1, trash)
+    out = torch.zeros(trash + 1, dtype=torch.int32, device=ids.device)
+    return out.scatter_(0, place, ids.reshape(-1).to(torch.int32))[:-1]
+
+
+def tile_counts(n_rows: int, n_keys: int, block_q: int, block_k: int) -> tuple[int, int]:
+    """(nQ, nK).
+
+    Raises:
+        InvalidRequest: sizes that make no plan.
+    """
+    if not 1 <= n_rows <= n_keys:
+        raise InvalidRequest(f"plan: needs 1 <= rows <= keys (right-aligned), got {n_rows} rows and {n_keys} keys")
+    if block_q < 1 or block_k < 1:
+        raise InvalidRequest(f"plan: block_q and block_k must be >= 1, got {block_q} and {block_k}")
+    return -(-n_rows // block_q), -(-n_keys // block_k)
+
+
+def tile_kinds(n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Three masks [nQ, nK] bool: full, partial, and diagonal (holds some row's own key; full or partial)."""
+    n_q, n_k = tile_counts(n_rows, n_keys, block_q, block_k)
+    first = torch.arange(n_q, device=device)[:, None] * block_q
+    last = torch.clamp(first + block_q, max=n_rows) - 1
+    p0, p1 = first + (n_keys - n_rows), last + (n_keys - n_rows)
+    start = torch.arange(n_k, device=device) * block_k
+    end = start + block_k - 1
+    full = end <= p0
+    return full, (start <= p1) & ~full, (start <= p1) & (end >= p0)
+
+
+def causal_pairs(first: Tensor, last: Tensor, width: Tensor) -> Tensor:
+    """Sum over p in first..last of clamp(p + 1, 0, width), int64: causal pairs of rows at these positions with `width` keys."""
+
+    def upto(p: Tensor) -> Tensor:  # the same sum from p = 0
+        ramp = torch.minimum(p + 1, width).clamp(min=0)
+        return ramp * (ramp + 1) // 2 + (p + 1 - width).clamp(min=0) * width
+
+    return upto(last) - upto(first - 1)
+
+
+def keys_in_tiles(keys: TileLists, tiles: Tensor, block_k: int, n_keys: int) -> TileLists:
+    """Of each row's keys those that lie in its tiles, each once. Does not wait for the device.
+
+    Args:
+        keys: rows of keys, ascending. tiles: [..., nK] bool, as many rows when flattened.
+
+    Raises:
+        InvalidRequest: another number of rows.
+    """
+    flat = tiles.reshape(-1, tiles.shape[-1])
+    if keys.n_rows != flat.shape[0]:
+        raise InvalidRequest(
+            f"plan: token_columns must have a row per mask head and query tile, {flat.shape[0]}, got {keys.n_rows} rows"
+        )
+    if keys.ids.numel() == 0:
+        return keys
+    key, row = keys.ids.long(), keys.row_of_ids().clamp(max=flat.shape[0] - 1)
+    keep = (key >= 0) & (key < n_keys)
+    keep &= flat[row, torch.where(keep, key // block_k, 0)]
+    keep[1:] &= (key[1:] != key[:-1]) | (row[1:] != row[:-1])
+    return keys.only(keep)
+
+
+def causal_intervals(intervals: Tensor, n_rows: int, n_keys: int) -> Tensor:
+    """[B, Hm, N, 2] int32, (lo, hi) cut to the keys a row may read, and to its own key where that leaves none.
+
+    Raises:
+        InvalidRequest: a shape that does not fit.
+    """
+    if intervals.dim() != 4 or tuple(intervals.shape[2:]) != (n_rows, 2):
+        raise InvalidRequest(f"plan: row_intervals must be [B, Hm, {n_rows}, 2], got {list(intervals.shape)}")
+    position = torch.arange(n_keys - n_rows, n_keys, device=intervals.device)
+    lo = intervals[..., 0].clamp(min=0)
+    hi = torch.minimum(intervals[..., 1], position + 1)
+    lo = torch.where(lo < hi, lo, position)
+    return torch.stack((lo, torch.where(lo == position, position + 1, hi)), -1).to(torch.int32)

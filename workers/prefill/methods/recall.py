@@ -1,0 +1,141 @@
+"""Quality as the knob: each head gets the fewest tiles that keep a wanted share of its attention mass on sampled rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.errors import InvalidRequest
+from winnow.registry import Capabilities
+from winnow.workers.attention.backend import LayerSpec, RawQK
+from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.methods.xattention import XAttention
+from winnow.workers.prefill.scoring import SLAB_BYTES, diagonal_tiles, keep_share, logits_of, pool_sum
+
+# Shares of a scorer's own mass that are tried, from its forced tiles alone to everything: finer where little is left out.
+_TRIED = (0.0, *(1.0 - 2.0 ** (-step / 4) for step in range(1, 45)), 1.0)
+
+
+@prefill_methods.register("recall")
+@dataclass(frozen=True)
+class Recall(PrefillMethod):
+    """Choose tiles by antidiagonal scores, and how many of them by the exact attention of a few sampled rows.
+
+    A scorer's share of *its* mass says little about the attention mass its tiles hold, and how little differs by head, layer
+    and text; that is why published methods carry thresholds for each model. Here a head's threshold is the smallest tried one
+    whose tiles hold, on rows drawn evenly at random over the prompt,
+
+        mean_i R_i - z * std(R_i) / sqrt(rows) >= recall,   R_i = sum of the exact probabilities of row i on kept tiles
+
+    The rows are a stratified sample, so mean_i R_i estimates the mean over all rows without bias for every threshold tried;
+    the subtracted error makes up for choosing the threshold by the same rows. A head for which no threshold will do is dense.
+
+    Source: own design; scores and forced tiles (column 0 and the own tiles) as in `xattention`. The sample makes the plan
+    depend on the whole prompt, so it is not prefix-safe. Layers with a sliding window shorter than the keys, and prompts of up
+    to two tiles, are left dense.
+
+    Attributes:
+        recall: share of each head's attention mass to keep, mean over its rows, above 0; 1 or more keeps everything.
+        rows: rows sampled, 8 or more; their exact attention is what control costs.
+        confidence: z, standard errors that the estimate must lie above `recall`; 0 or more.
+        stride, block: of the scorer.
+        seed: of the sample.
+    """
+
+    caps = Capabilities(
+        chunked=False,
+        prefix_safe=False,
+        tensor_parallel=True,
+        fallback="dense",
+        notes="per head, the fewest tiles that keep a wanted share of the attention mass, by exact attention of sampled rows",
+    )
+    recall: float = 0.98
+    rows: int = 64
+    confidence: float = 1.0
+    stride: int = 16
+    block: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.recall < float("inf"):
+            raise InvalidRequest(f"recall: recall must be above 0, got {self.recall}; 0.98 is the default")
+        if self.rows < 8:
+            raise InvalidRequest(f"recall: rows must be 8 or more, got {self.rows}; fewer say nothing about a head")
+        if not 0.0 <= self.confidence < float("inf"):
+            raise InvalidRequest(f"recall: confidence must be 0 or more standard errors, got {self.confidence}")
+        self._scorer  # noqa: B018 - refuses stride and block that do not fit
+
+    @property
+    def _scorer(self) -> XAttention:
+        return XAttention(stride=self.stride, block=self.block)
+
+    def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
+        """Per query head: the scorer's tiles up to the head's own threshold. See the class.
+
+        Cost: the scorer's, and O(Hq rows M D) for the sample: rows / N of dense attention. Mutates nothing.
+        """
+        n, m, b = q.shape[2], k.shape[2], self.block
+        if self.recall >= 1.0 or m <= 2 * b or 0 < layer.window < m:
+            return None
+        shares = self._scorer.tile_shares(q, k, layer)  # [B, Hq, nQ, nK]
+        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
+        forced = diagonal_tiles(n, m, b, b, q.device)
+        forced[:, 0] = True
+        sampled = sample_rows(n, self.rows, self.seed, q.device)
+        mass = tile_mass(q, k, layer, sampled, b)  # [B, Hq, rows, nK]
+        share = self._threshold(shares[:, :, sampled // b], forced[sampled // b], mass)
+        wanted = share.unsqueeze(-1) - (shares * forced).sum(-1)
+        mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced | (share >= 1.0)[..., None, None]
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
+
+    def _threshold(self, shares: Tensor, forced: Tensor, mass: Tensor) -> Tensor:
+        """[B, Hq] float32: the smallest tried share whose tiles hold `recall` of the sampled rows' mass; 1 where none does.
+
+        Args:
+            shares, mass: [B, Hq, rows, nK], scorer's and exact; each row sums to 1. forced: [rows, nK] bool.
+        """
+        order = shares.masked_fill(forced, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        ordered = shares.gather(-1, order)
+        before = ordered.cumsum(-1) - ordered
+        held = mass.gather(-1, order).cumsum(-1)
+        tried = torch.tensor(_TRIED, device=shares.device)
+        count = torch.searchsorted(before.contiguous(), tried.expand(*before.shape[:-1], -1).contiguous())
+        count = torch.maximum(count, forced.sum(-1)[:, None])
+        recalls = held.gather(-1, count.clamp(min=1) - 1)  # [B, Hq, rows, tried]
+        error = recalls.std(2, correction=0) / recalls.shape[2] ** 0.5
+        enough = recalls.mean(2) - self.confidence * error >= self.recall
+        enough[..., -1] = True
+        return tried[enough.int().argmax(-1)]
+
+
+def sample_rows(n: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """Rows of a stratified sample, int64, ascending: one drawn evenly from each of min(count, n) equal parts of 0..n-1."""
+    count = min(count, n)
+    drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((torch.arange(count) + drawn) * n / count).long().clamp(max=n - 1).to(device)
+
+
+def tile_mass(q: Tensor, k: Tensor, layer: LayerSpec, rows: Tensor, block: int) -> Tensor:
+    """Exact attention mass of some rows on each key tile.
+
+    Args:
+        q: [B, Hq, N, D]. k: [B, Hkv, M, D]. rows: int64, which rows of q.
+
+    Returns:
+        [B, Hq, rows, ceil(M / block)] float32; each row sums to 1. Holds at most about `SLAB_BYTES` of probabilities at once.
+    """
+    batch, hq, n, d = q.shape
+    hkv, m = k.shape[1], k.shape[2]
+    group = hq // hkv
+    future = torch.arange(m, device=k.device) > (rows + (m - n))[:, None]
+    width = max(1, int(SLAB_BYTES / (12 * batch * group * rows.numel() * m)))
+    found = []
+    for first in range(0, hkv, width):
+        keys = k[:, first : first + width]
+        picked = q[:, first * group : (first + width) * group, rows].reshape(batch, keys.shape[1], -1, d)
+        logits = logits_of(picked, keys, layer).view(batch, -1, rows.numel(), m)
+        found.append(pool_sum(torch.softmax(logits.masked_fill_(future, -torch.inf), -1), block))
+    return torch.cat(found, 1)

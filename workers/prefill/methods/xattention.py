@@ -1,0 +1,112 @@
+"""XAttention: tiles scored by the antidiagonals of small cells, kept until they hold a share of each row's mass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.errors import InvalidRequest
+from winnow.registry import Capabilities
+from winnow.workers.attention.backend import LayerSpec, RawQK
+from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.scoring import diagonal_tiles, keep_share, quick_logits, slabs
+
+
+@prefill_methods.register("xattention")
+@dataclass(frozen=True)
+class XAttention(PrefillMethod):
+    """Per row of tiles, the fewest tiles that hold `threshold` of the mass of a softmax over cells.
+
+    A cell is `stride` queries by `stride` keys; its logit is the mean over its antidiagonal, which crosses every column and
+    every diagonal that passes through it. One product of concatenated vectors gives it at 1 / stride of the cost of q k^T.
+
+        l[r, c] = scale / S  sum_d  q[rS + S-1-d] . k[cS + d],   share[I, J] = sum over cells of the tile of softmax_c(l)
+
+    Source: "XAttention: Block Sparse Attention with Antidiagonal Scoring" (arXiv 2503.16428, ICML 2025), algorithm 1, and
+    the published code's selection: tile column 0 and the own tile are kept and count first. Deviations:
+    - so it is for every row; where the published code scores a prompt from its first token, the own tiles overwrite its mark on
+      column 0, and each row keeps one tile more than it needs instead;
+    - a cell of keys is seen by a cell of rows only if it ends at or before the last of them, whatever M - N is, so that a
+      plan never depends on later tokens; the published code aligns both to its own padding;
+    - the means are over real tokens: a shorter last cell of rows is averaged over its rows, a shorter last cell of keys is
+      left out (its tile is the last rows' own); the published code pads both with zeros;
+    - the layer's own scale and soft-capping enter every score; the published code assumes 1 / sqrt(D);
+    - one threshold for all heads: the published per-head thresholds belong to one model, and how they were found is not;
+    - heads are scored in slabs, each against the keys up to its own last row.
+    Layers with a sliding window shorter than the keys, and prompts of up to two tiles, are left dense.
+
+    Attributes:
+        stride: side of a cell, 8 or 16 as published; half the work and less acuity each time it doubles.
+        threshold: share of each row's mass to keep, above 0; 1 or more keeps everything.
+        block: tile size of queries and keys: 32, 64 or 128.
+    """
+
+    caps = Capabilities(
+        tensor_parallel=True,
+        fallback="dense",
+        notes="tiles by antidiagonal sums, a share of each row's mass; chunks must be whole tiles (128 tokens)",
+    )
+    stride: int = 8
+    threshold: float = 0.9
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if self.block not in (32, 64, 128):
+            raise InvalidRequest(f"xattention: block must be 32, 64 or 128, got {self.block}")
+        if self.stride < 1 or self.block % self.stride:
+            raise InvalidRequest(
+                f"xattention: stride must divide block ({self.block}), got {self.stride}; 8 and 16 are published"
+            )
+        if not 0.0 < self.threshold < float("inf"):
+            raise InvalidRequest(f"xattention: threshold must be above 0, got {self.threshold}; 0.9 is the published default")
+
+    def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
+        """Per query head and row of tiles: tile column 0, the own tiles, and the largest others. See the class.
+
+        Cost: O(Hq N M D / stride) for the cells, O(Hq nQ nK log nK) for the choice. Holds at most about 1 GiB of cells at
+        once. Mutates nothing.
+        """
+        n, m, b = q.shape[2], k.shape[2], self.block
+        if m <= 2 * b or 0 < layer.window < m:
+            return None
+        if self.threshold >= 1.0:  # sums round to just above or below 1
+            mask = torch.ones(*q.shape[:2], -(-n // b), -(-m // b), dtype=torch.bool, device=q.device)
+            return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
+        shares = self.tile_shares(q, k, layer)
+        forced = diagonal_tiles(n, m, b, b, q.device)
+        forced[:, 0] = True
+        wanted = self.threshold * shares.sum(-1) - (shares * forced).sum(-1)
+        mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
+
+    def tile_shares(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
+        """[B, Hq, nQ, nK] float32: mass of each tile, summed over the cells of its rows."""
+        b, size = self.block, self.stride
+        batch, hq, n, d = q.shape
+        hkv, m = k.shape[1], k.shape[2]
+        group, past, per_tile = hq // hkv, m - n, b // size
+        padded = torch.nn.functional.pad(k, (0, 0, 0, -m % b)).unflatten(2, (-1, size))
+        cells_k = padded.flip(3).flatten(3)  # [B, Hkv, nK per_tile, S D]; reversed here, where there are fewer heads
+        shares = torch.zeros(batch, hq, -(-n // b), -(-m // b), device=q.device)
+        for heads, first, end in slabs(hkv, n, m, b, 8.0 * batch * group / size**2):
+            height, width = -(-(end - first) // b) * b, -(-(end + past) // b) * per_tile
+            own_heads = slice(heads.start * group, heads.stop * group)
+            rows = q.new_zeros(batch, own_heads.stop - own_heads.start, height, d)
+            rows[:, :, : end - first] = q[:, own_heads, first:end]
+            if end % size:  # the last cell has fewer rows to average over
+                rows[:, :, end // size * size - first :] *= size / (end % size)
+            cells_q = rows.view(batch, -1, group * height // size, size * d)
+            logits = quick_logits(cells_q, cells_k[:, heads, :width], layer, 1 / size)
+            logits = logits.view(batch, -1, height // size, width)
+            # keys of cells that end at or before a cell's last row: all but those of a band on the right
+            last = torch.clamp(torch.arange(first + size, first + height + 1, size, device=q.device), max=n) + past
+            band = (min(first + size, n) + past) // size
+            logits[..., band:].masked_fill_(torch.arange(band, width, device=q.device) >= (last // size)[:, None], -torch.inf)
+            weights = torch.softmax(logits, -1, dtype=torch.float32)
+            weights[..., -(-(end - first) // size) :, :] = 0.0  # cells beyond the last row
+            tiles = weights.view(batch, -1, height // b, per_tile, width // per_tile, per_tile).sum((3, 5))
+            shares[:, own_heads, first // b : -(-end // b), : width // per_tile] = tiles
+        return shares
