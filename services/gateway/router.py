@@ -150,6 +150,12 @@ class Router:
             await self._note_failure(worker, error_of(error), error)
         except WinnowError as error:
             await self._note_failure(worker, error, None)
+        except asyncio.CancelledError:
+            # A request found the worker gone and closed the channel under this call: that ends the question, not the polling.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            worker.silent += 1
 
     def _expected_of(self, worker: Worker) -> Fingerprint:
         """A draft worker may hold another model, so only protocol and methods have to agree."""

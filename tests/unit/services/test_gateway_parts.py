@@ -220,6 +220,40 @@ async def test_workers_stay_known_while_the_store_is_away_or_has_forgotten_them(
         await links.close()
 
 
+@pytest.mark.promise("R8")
+async def test_a_channel_closed_under_a_question_ends_neither_the_round_nor_the_polling(serve, config: WinnowConfig) -> None:
+    """A request that finds a worker gone closes its channel while a poll waits for that worker's answer."""
+    asked = asyncio.Event()
+
+    class Silent(Answering):
+        async def Hello(self, request: Any, context: Any) -> Any:
+            asked.set()
+            await asyncio.Event().wait()
+
+    first, second = (
+        cls(WorkerInfo("prefill-0", epoch, ("prefill",), "", "host", PRINT)) for cls, epoch in ((Silent, 1), (Answering, 2))
+    )
+    servers = [await serve({"Worker": w}) for w in (first, second)]
+    for worker, server in zip((first, second), servers, strict=True):
+        worker.info = dataclasses.replace(worker.info, address=server.address)
+    store = Store(first.info)
+    links = Links(config)
+    router = Router(links, PRINT, store, poll_s=0.01)  # type: ignore[arg-type]
+    starting = asyncio.create_task(router.start())
+    try:
+        await asyncio.wait_for(asked.wait(), 5)
+        await router.mark_lost(router.workers[0], "its connection broke")
+        await asyncio.wait_for(starting, 5)
+        store.infos = [second.info]
+        async with asyncio.timeout(5):
+            while not router.serving("prefill"):
+                await asyncio.sleep(0.01)
+        assert [w.info.epoch for w in router.workers] == [2]
+    finally:
+        await router.stop()
+        await links.close()
+
+
 async def test_a_restarted_worker_replaces_its_older_self(serve, config: WinnowConfig) -> None:
     first, second = (Answering(WorkerInfo("prefill-0", epoch, ("prefill",), "", "host", PRINT)) for epoch in (1, 2))
     servers = [await serve({"Worker": w}) for w in (first, second)]
