@@ -8,32 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from selection import LAYER, plan_of, probabilities
 from torch import Tensor
 from workloads import Shape, s1_noise, s2_verticals, s6_needle, s7_mixture
 
 from winnow.errors import InvalidRequest, Unsupported
-from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods.proxyattn import ProxyAttn
 from winnow.workers.prefill.scoring import forbidden_tiles, keep_top, logits_of, pool_mean
 
-LAYER = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32))
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 SHAPES = [Shape(512, 512), LONG, Shape(300, 777)]
-
-
-def plan_of(method: ProxyAttn, q: Tensor, k: Tensor, layer: LayerSpec = LAYER) -> TilePlan:
-    plan = method.plan(q, k, layer)
-    assert plan is not None
-    plan.check()
-    return plan
-
-
-def probabilities(q: Tensor, k: Tensor) -> Tensor:
-    logits = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * LAYER.scale
-    n, m = logits.shape[-2:]
-    return logits.masked_fill(~torch.ones(n, m, dtype=torch.bool).tril(m - n), -torch.inf).softmax(-1)
 
 
 def tile_max(x: Tensor, b: int) -> Tensor:

@@ -71,7 +71,8 @@ def test_a_sample_has_one_row_of_each_part(n: int) -> None:
     rows = sample_rows(n, 64, 3, torch.device("cpu"))
     count = min(64, n)
     assert rows.shape == (count,)
-    assert torch.equal((rows * count).div(n, rounding_mode="floor"), torch.arange(count))
+    part = torch.arange(count)
+    assert bool(((rows >= part * n // count) & (rows * count < (part + 1) * n)).all())  # a row may lie in two parts
 
 
 @pytest.mark.parametrize("wrong", [{"recall": 0.0}, {"recall": float("nan")}, {"rows": 4}, {"confidence": -1.0}, {"stride": 7}])

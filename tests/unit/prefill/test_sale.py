@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from selection import LAYER, plan_of
 from torch import Tensor
 from workloads import Shape, Workload, s1_noise, s4_segments, s6_needle, s7_mixture
 
@@ -22,16 +22,8 @@ from winnow.workers.prefill import calibration, scoring
 from winnow.workers.prefill.methods.sale import BLOCK_K, BLOCK_Q, SALE
 from winnow.workers.prefill.scoring import pool_mean
 
-LAYER = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32))
 SMALL = {"local": 64, "segment": 64, "dense_below": 64}
 SHAPES = [Shape(512, 512), Shape(700, 700), Shape(300, 777)]
-
-
-def plan_of(method: SALE, q: Tensor, k: Tensor, layer: LayerSpec = LAYER) -> TilePlan:
-    plan = method.plan(q, k, layer)
-    assert plan is not None
-    plan.check()
-    return plan
 
 
 def logits(q: Tensor, k: Tensor, layer: LayerSpec = LAYER) -> Tensor:

@@ -66,8 +66,8 @@ def test_every_key_of_every_row_lies_in_the_cell_of_the_rule(columns: int) -> No
 def test_lists_hold_the_keys_of_the_kept_cells_before_ones_own(n: int, m: int, sink: int) -> None:
     gen = torch.Generator().manual_seed(m)
     sea = SEA(k=6)
-    cells = sea.choose(torch.randn(2, HEADS, n, COLUMNS, generator=gen), m - n)
-    found = keys_of_cells(cells, m, sea.count(m, HEADS, COLUMNS), sink).to_mask(m).view(2, HEADS, n, m)
+    cells = sea.choose(torch.randn(2, HEADS, n, COLUMNS, generator=gen), torch.arange(m - n, m))
+    found = keys_of_cells(cells, m, sea.count(torch.arange(m - n, m), HEADS, COLUMNS), sink).to_mask(m).view(2, HEADS, n, m)
     cell_of = torch.full((n, m), COLUMNS)
     for i in range(n):
         length = m - n + i + 1
@@ -98,7 +98,7 @@ def test_number_of_cells_and_keys_follows_the_formula(k: int, oversample: float)
 
 
 def test_ties_go_to_the_lower_head_and_column() -> None:
-    cells = SEA(k=8).choose(torch.zeros(1, HEADS, 1, COLUMNS), 99)
+    cells = SEA(k=8).choose(torch.zeros(1, HEADS, 1, COLUMNS), torch.tensor([99]))
     assert cells.flatten().nonzero().flatten().tolist() == list(range(5))  # 4 * 8 * 16 / 100 = 5.12
 
 
@@ -202,8 +202,8 @@ def test_it_is_linear_in_the_length() -> None:
     entries = []
     for m in (4096, 8192):
         sea = SEA(k=64)
-        cells = sea.choose(torch.randn(1, 2, m, 128, generator=gen), 0)
-        entries.append(keys_of_cells(cells, m, sea.count(m, 2, 128)).ids.numel())
+        cells = sea.choose(torch.randn(1, 2, m, 128, generator=gen), torch.arange(m))
+        entries.append(keys_of_cells(cells, m, sea.count(torch.arange(m), 2, 128)).ids.numel())
     assert entries[1] <= 2.2 * entries[0] and entries[1] < 0.02 * 2 * 8192 * 8192 / 2
 
 

@@ -21,7 +21,7 @@ from winnow.workers.prefill.methods.sea import SEA, Mix, Network
 from winnow.workers.prefill.training import sea, trainer
 from winnow.workers.prefill.training.sea import calibrate, read_cells
 
-QUICK = {"tokens": 192, "steps": 100, "held_out": 2, "k": 16, "columns": 128, "rate": 2e-2}
+QUICK = {"tokens": 192, "steps": 100, "rows": 96, "held_out": 2, "k": 16, "columns": 128, "rate": 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,10 @@ def test_cells_hold_the_dense_models_mass_and_the_plan_reads_the_same_keys(
     cells, _ = method._cells(method.network, x.q, x.k, layer)
     assert plan is not None and isinstance(plan.residual, Mix)
     monkeypatch.setattr(sea, "_TEACHER_BYTES", 16 * 4 * 150 * 40)  # 40 rows at a time
-    truth, sparse, recall = read_cells(x.q, x.k, x.v, layer, cells)
+    truth, sparse, recall = read_cells(x.q, x.k, x.v, layer, cells, torch.arange(150))
+    some = torch.tensor([3, 64, 149])
+    for one, of_all in zip(read_cells(x.q[:, :, some], x.k, x.v, layer, cells[:, :, some], some), (truth, sparse), strict=False):
+        torch.testing.assert_close(one, of_all[:, :, some])
     logits = x.q.double() @ x.k.double().repeat_interleave(2, 1).transpose(-1, -2) * layer.scale
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     share = logits.masked_fill(~torch.ones(150, 150, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
@@ -121,6 +124,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(model: LoadedMo
         ({"steps": -1}, "steps"),
         ({"rate": 0.0}, "rate"),
         ({"held_out": 0}, "held_out"),
+        ({"rows": 0}, "rows"),
         ({"columns": 30}, "columns"),
         ({"factor": 0}, "factor"),
         ({"colour": 1}, "colour"),

@@ -147,7 +147,8 @@ class SEA(PrefillMethod):
             return None
         network = self._checked(q, k)
         cells, gates = self._cells(network, q, k, layer)
-        others = keys_of_cells(cells, m, self.count(m, q.shape[1], network.sizes.columns), self.sink)
+        count = self.count(torch.arange(m - n, m), q.shape[1], network.sizes.columns)
+        others = keys_of_cells(cells, m, count, self.sink)
         own = torch.arange(m - n, m, device=q.device)[:, None].expand(*q.shape[:3], 1)
         head_class = torch.full(q.shape[:2], HeadClass.CSR, dtype=torch.int8, device=q.device)
         unused = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
@@ -155,24 +156,22 @@ class SEA(PrefillMethod):
         plan = TilePlan(n, m, 1, 1, head_class, TileLists.from_ids(own), none, unused, unused + 1, token_columns=others)
         return replace(plan, residual=Mix(plan, gates)) if self.mix else plan
 
-    def count(self, m: int, heads: int, columns: int) -> Tensor:
-        """[M] int64 on the CPU: cells that the row at each position keeps, over all heads."""
-        length = torch.arange(1, m + 1, dtype=torch.float64)
-        wanted = torch.floor(heads * self.k * self.oversample * columns / length + 0.5)
+    def count(self, positions: Tensor, heads: int, columns: int) -> Tensor:
+        """[N] int64: cells that the rows at positions [N] keep, over all heads."""
+        wanted = torch.floor(heads * self.k * self.oversample * columns / (positions.double() + 1) + 0.5)
         return wanted.clamp(1, heads * columns).long()
 
-    def choose(self, log_map: Tensor, first: int) -> Tensor:
+    def choose(self, log_map: Tensor, positions: Tensor) -> Tensor:
         """The largest cells of each row over all heads, ties to the lower head and column.
 
         Args:
-            log_map: [B, Hq, N, columns] of the rows at positions first .. first + N - 1.
+            log_map: [B, Hq, N, columns] of the rows at positions [N] int64.
 
         Returns:
             [B, Hq, N, columns] bool.
         """
         heads, n, columns = log_map.shape[1:]
-        count = self.count(first + n, heads, columns)[first:].to(log_map.device, non_blocking=True)
-        kept = keep_top(log_map.transpose(1, 2).flatten(2), count)  # [B, N, Hq columns]
+        kept = keep_top(log_map.transpose(1, 2).flatten(2), self.count(positions, heads, columns))  # [B, N, Hq columns]
         return kept.view(-1, n, heads, columns).transpose(1, 2)
 
     def _cells(self, network: Network, q: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:
@@ -187,7 +186,7 @@ class SEA(PrefillMethod):
             stop = min(n, start + step)
             rows, keys = q[:, :, start:stop], k[:, :, past + start : past + stop]
             log_map, gate, carry = draw_map(p, rows, keys, past + start, layer.scale, carry)
-            cells.append(self.choose(log_map, past + start))
+            cells.append(self.choose(log_map, torch.arange(past + start, past + stop, device=q.device)))
             gates.append(gate)
         return torch.cat(cells, 2), torch.cat(gates, 2)
 
@@ -259,8 +258,8 @@ def keys_of_cells(cells: Tensor, m: int, count: Tensor, sink: int = 0) -> TileLi
     """The keys before each row's own that its cells stand for, and its first `sink` ones. No N x M map, no wait for the device.
 
     Args:
-        cells: [B, Hq, N, columns] bool, rows right-aligned to M keys; over all heads, count[p] are set at position p.
-        count: [M] int64 on the CPU.
+        cells: [B, Hq, N, columns] bool, rows right-aligned to M keys.
+        count: [N] int64 on the CPU, how many cells of a row are set over all heads.
 
     Returns:
         B * Hq * N rows of keys.
@@ -275,9 +274,8 @@ def keys_of_cells(cells: Tensor, m: int, count: Tensor, sink: int = 0) -> TileLi
         end = torch.cat(((length - 1).clamp(max=sink)[:, None], end), 1)
         room = torch.nn.functional.pad(room, (1, 0), value=sink)
     # How many cells there are, and how much room they need, follows from positions alone: the host knows without asking.
-    per_row, rooms = count[m - n :], -(-torch.arange(m - n + 1, m + 1) // columns)
-    n_cells = batch * int(per_row.sum() + (n * heads if sink else 0))
-    n_keys = batch * int((per_row * rooms).sum() + n * heads * sink)
+    n_cells = batch * int(count.sum() + (n * heads if sink else 0))
+    n_keys = batch * int((count * -(-torch.arange(m - n + 1, m + 1) // columns)).sum() + n * heads * sink)
     listed = TileLists.from_mask(cells)
     cell, row = listed.ids[:n_cells].long(), listed.row_of_ids()[:n_cells] % n
     starts = torch.nn.functional.pad(room[row, cell].cumsum(0), (1, 0))

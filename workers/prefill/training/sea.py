@@ -38,6 +38,7 @@ class Options:
     Attributes:
         tokens: of a passage, and the longest prompt the method can then be used for.
         steps, rate: of AdamW with a cosine schedule; a step is one passage that no other step sees.
+        rows: of a passage, spread over it, whose dense attention is looked at; what precedes them is read all the same.
         held_out: passages to measure on.
         k: keys per head and row that the context's loss is about.
         columns: of the map, a multiple of 4. factor: random features are D ln D / factor.
@@ -46,6 +47,7 @@ class Options:
     tokens: int = 2048
     steps: int = 200
     rate: float = 1e-2
+    rows: int = 512
     held_out: int = 4
     k: int = 64
     columns: int = 128
@@ -55,7 +57,7 @@ class Options:
         need(_METHOD, self.tokens >= 64, "tokens must be at least 64", self.tokens)
         need(_METHOD, self.steps >= 0, "steps must be 0 or more", self.steps)
         need(_METHOD, self.rate > 0.0, "rate must be above 0", self.rate)
-        for name in ("held_out", "k", "factor"):
+        for name in ("rows", "held_out", "k", "factor"):
             need(_METHOD, getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         whole = self.columns >= UPSAMPLE and self.columns % UPSAMPLE == 0
         need(_METHOD, whole, f"columns must be a multiple of {UPSAMPLE} (128 and 256 are published)", self.columns)
@@ -161,18 +163,22 @@ class Distiller:
 
     def _learn(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, dense: Tensor) -> None:
         p = {name: tensor[layer.idx] for name, tensor in self.params.items()}
+        rows = min(self.chosen.rows, q.shape[2])
+        at = torch.arange(1, rows + 1, device=q.device) * q.shape[2] // rows - 1
         with torch.set_grad_enabled(self.is_learning):
             log_map, gates, _ = draw_map(p, q, k, 0, layer.scale)
+            log_map, gates, dense = (x[:, :, at] for x in (log_map, gates, dense))
             with torch.no_grad():
-                truth, sparse, recall = read_cells(q, k, v, layer, self._method.choose(log_map, 0))
-                mean = running_mean(v, v.shape[2]).repeat_interleave(q.shape[1] // k.shape[1], 1)
+                cells = self._method.choose(log_map, at)
+                truth, sparse, recall = read_cells(q[:, :, at], k, v, layer, cells, at)
+                mean = running_mean(v, v.shape[2])[:, :, at].repeat_interleave(q.shape[1] // k.shape[1], 1)
             scaled, mixed = torch.sigmoid(gates).unsqueeze(-1).unbind(-2)
             context = mixed * scaled * sparse + (1 - mixed) * mean
             divergence = (torch.special.xlogy(truth, truth) - truth * log_map).sum(-1).mean()
             error = (context - dense.float()).square().mean() / dense.float().square().mean()
             if self.is_learning:
                 (_KL_WEIGHT * divergence + (log_map.exp() - truth).square().sum(-1).mean() + error).backward()  # type: ignore[no-untyped-call]
-        edges = cell_edges(torch.arange(1, q.shape[2] + 1, device=q.device), self.chosen.columns)
+        edges = cell_edges(at + 1, self.chosen.columns)
         width = edges.diff().float() / edges[:, -1:]
         uniform = (torch.special.xlogy(truth, truth) - torch.special.xlogy(truth, width)).sum(-1).mean()
         found = {"divergence": divergence, "uniform": uniform, "recall": recall, "context_error": error.detach().sqrt()}
@@ -220,33 +226,34 @@ def train(
         tensor.requires_grad_(False)
 
 
-def read_cells(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def read_cells(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec, cells: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the dense model does with the cells of a map.
 
     Args:
-        q: [B, Hq, T, D]; k, v: [B, Hkv, T, D]; cells: [B, Hq, T, columns] bool, those kept.
+        q: [B, Hq, R, D], of the rows at positions [R] int64; k, v: [B, Hkv, T, D]; cells: [B, Hq, R, columns] bool, those kept.
 
     Returns:
-        Its probabilities summed by cell [B, Hq, T, columns]; attention over the kept cells' keys and each row's own
-        [B, Hq, T, D], as the method's plan computes it; and the mean share of the probabilities on those keys. Float32.
+        Its probabilities summed by cell [B, Hq, R, columns]; attention over the kept cells' keys and each row's own
+        [B, Hq, R, D], as the method's plan computes it; and the mean share of the probabilities on those keys. Float32.
     """
-    batch, hq, tokens, _ = q.shape
-    hkv, columns = k.shape[1], cells.shape[3]
-    length = torch.arange(1, tokens + 1, device=q.device)
-    edges, position = cell_edges(length, columns), torch.arange(tokens, device=q.device)
+    batch, hq, n, _ = q.shape
+    hkv, tokens, columns = k.shape[1], k.shape[2], cells.shape[3]
+    edges, key = cell_edges(positions + 1, columns), torch.arange(tokens, device=q.device)
     truth, sparse, recall = [], [], []
     step = max(1, _TEACHER_BYTES // (16 * batch * hq * tokens))
-    for start in range(0, tokens, step):
-        rows = slice(start, min(tokens, start + step))
+    for start in range(0, n, step):
+        rows = slice(start, min(n, start + step))
         grouped = q[:, :, rows].unflatten(1, (hkv, -1)).flatten(2, 3)
         logits = logits_of(grouped, k, layer).view(batch, hq, -1, tokens)
-        own = position[rows][:, None]
-        share = logits.masked_fill(position > own, -torch.inf).softmax(-1)
+        own = positions[rows][:, None]
+        share = logits.masked_fill(key > own, -torch.inf).softmax(-1)
         upto = torch.nn.functional.pad(share.double().cumsum(-1), (1, 0))
         truth.append(upto.gather(-1, edges[rows].expand(*share.shape[:3], -1)).diff().float())
-        cell_of = torch.searchsorted(edges[rows][:, 1:].contiguous(), position.expand(own.shape[0], -1).contiguous(), right=True)
+        cell_of = torch.searchsorted(edges[rows][:, 1:].contiguous(), key.expand(own.shape[0], -1).contiguous(), right=True)
         cell_of = cell_of.clamp(max=columns - 1).expand(batch, hq, -1, -1)
-        share = share * (cells[:, :, rows].gather(-1, cell_of) | (position == own))
+        share = share * (cells[:, :, rows].gather(-1, cell_of) | (key == own))
         kept = share.sum(-1, keepdim=True)
         context = torch.matmul((share / kept).unflatten(1, (hkv, -1)).flatten(2, 3), v.float())
         sparse.append(context.view(batch, hq, -1, v.shape[3]))
