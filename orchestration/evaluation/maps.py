@@ -89,4 +89,5 @@ def attention_map(layer: LayerSpec, plan: TilePlan | None, q: Tensor, k: Tensor,
 def _cells(x: Tensor, cell: int) -> Tensor:
     """[rows, columns] -> sums over cells of cell x cell, the last ones ragged."""
     padded: Tensor = torch.nn.functional.pad(x, (0, -x.shape[1] % cell, 0, -x.shape[0] % cell))
-    return padded.unflatten(0, (-1, cell)).sum(1).unflatten(1, (-1, cell)).sum(2)
+    cells: Tensor = padded.unflatten(0, (-1, cell)).sum(1).unflatten(1, (-1, cell)).sum(2)
+    return cells
