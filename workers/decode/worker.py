@@ -93,6 +93,7 @@ class DecodeEngine:
     # -- from any thread ---------------------------------------------------------------------------------------------
 
     def start(self) -> DecodeEngine:
+        self.model.decoder.prepare_decoding()
         self._thread = threading.Thread(target=self._run, name="winnow-decode", daemon=True)
         self._thread.start()
         return self

@@ -16,6 +16,7 @@ from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.model import decoder as decoder_module
 from winnow.workers.model.decoder import Decoder, Step, rms_norm
 from winnow.workers.model.loader import LoadedModel, load_model
+from winnow.workers.model.packed import FEW_ROWS
 from winnow.workers.model.reference import DenseBackend
 from winnow.workers.model.rope import rotate
 from winnow.workers.model.spec import FAMILIES, ModelSpec
@@ -134,6 +135,15 @@ def test_mlp_slices_do_not_change_the_result(tiny: Tiny, monkeypatch: pytest.Mon
     whole = run(model, tokens, 100)
     monkeypatch.setattr(decoder_module, "MLP_SLICE_TOKENS", 33)
     assert (run(model, tokens, 100) - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])  # with biases; with norms after the blocks and a tied head
+def test_prepared_for_decoding_the_logits_stay_the_same(tiny: Tiny, family: str) -> None:
+    model, tokens = load(tiny(family)), prompt(FEW_ROWS + 9)
+    expected = run(model, tokens, len(tokens))
+    model.decoder.prepare_decoding()
+    for chunk in (1, 8, FEW_ROWS, FEW_ROWS + 1):  # packed weights up to FEW_ROWS rows, the plain ones above
+        torch.testing.assert_close(run(model, tokens, chunk), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_iter_forward_yields_each_layer_and_returns_what_forward_returns(tiny: Tiny) -> None:
