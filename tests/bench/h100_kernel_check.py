@@ -2,14 +2,17 @@
 
     python tests/bench/h100_kernel_check.py [--quick] [--out FILE]
 
-Needs torch with CUDA and triton; winnow need not be installed. Every configuration runs in a process of its own, so that an
-illegal access takes only its own result with it. Prints a line per configuration and a JSON summary as the last line; the
-exit status is 0 only if every check passed. Nothing is timed when a check of its kind is red.
+Needs torch with CUDA and triton; winnow need not be installed. Configurations run in processes of a few each; those that a
+crashed process (an illegal access takes its whole process along) left without an answer run again, each in its own. Prints a
+line per configuration and a JSON summary as the last line; the exit status is 0 only if every check passed. Nothing is timed
+when a check of its kind is red.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import platform
 import subprocess
@@ -26,6 +29,7 @@ ensure_importable()
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}  # relative Frobenius error of the output
 TIMEOUT_S = 240
+TOGETHER = 5  # configurations of one process
 
 
 def kernel_cases(quick: bool) -> list[dict[str, Any]]:
@@ -41,6 +45,9 @@ def kernel_cases(quick: bool) -> list[dict[str, Any]]:
         {"d": 96},
         {"d": 256, "bk": 64},
         {"bq": 64, "bk": 64},
+        {"bq": 64, "bk": 64, "mask_heads": 2},
+        {"bq": 64, "bk": 128, "mask_heads": 1, "n": 500, "m": 1777},
+        {"bk": 16, "n": 500, "m": 1777},
         {"bk": 64},
         {"bk": 32},
         {"bq": 16, "bk": 16, "n": 200, "m": 300},
@@ -49,6 +56,16 @@ def kernel_cases(quick: bool) -> list[dict[str, Any]]:
         {"mask_heads": 2},
         {"mask_heads": 1, "b": 2},
         {"classes": True},
+        {"classes": True, "columns": 0.05, "mean": True, "n": 500, "m": 1777},
+        {"classes": True, "d": 64, "bq": 64, "bk": 64},
+        {"intervals": True},
+        {"intervals": True, "n": 500, "m": 1777, "bk": 64},
+        {"columns": 0.05},
+        {"columns": 0.05, "n": 500, "m": 1777, "bq": 64, "bk": 64},
+        {"columns": 0.02, "mask_heads": 2, "d": 256, "bk": 64},
+        {"mean": True},
+        {"mean": True, "columns": 0.05, "n": 500, "m": 1777, "bk": 32},
+        {"mean": True, "columns": 0.05, "mask_heads": 1, "b": 2, "d": 64},
         {"strided": True},
         {"streaming": [128, 300]},
         {"n": 4096, "m": 4096, "density": 0.1},
@@ -64,7 +81,7 @@ def kernel_cases(quick: bool) -> list[dict[str, Any]]:
 def path_cases(quick: bool) -> list[dict[str, Any]]:
     """The executor's dense, windowed, soft-capped, planned and decode paths against float64 math."""
     cases: list[dict[str, Any]] = []
-    base = {"kind": "dense", "b": 1, "hq": 8, "hkv": 2, "n": 1000, "m": 1000, "d": 128}
+    base = {"kind": "dense", "b": 1, "hq": 8, "hkv": 2, "n": 1000, "m": 1000, "d": 128, "bq": 128, "bk": 128, "density": 0.3}
     changes: list[dict[str, Any]] = [
         {},
         {"n": 512, "m": 2049},
@@ -78,6 +95,10 @@ def path_cases(quick: bool) -> list[dict[str, Any]]:
         {"kind": "keys", "n": 1, "m": 1},
         {"kind": "keys", "n": 1, "m": 8191},
         {"kind": "keys", "n": 1, "m": 500, "softcap": 20.0},
+        {"kind": "plan", "residual": True},
+        {"kind": "plan", "residual": True, "classes": True, "columns": 0.05, "mean": True, "n": 500, "m": 1777},
+        {"kind": "plan", "mean": True, "softcap": 20.0},
+        {"kind": "plan", "classes": True, "mean": True, "window": 200},
         {"kind": "flexprefill", "n": 4096, "m": 4096},
         {"kind": "flexprefill", "n": 3000, "m": 4001},
     ]
@@ -94,6 +115,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from winnow.workers.attention.kernels.tile_attention.kernel import tile_attention
     from winnow.workers.attention.kernels.tile_attention.reference import tile_attention_reference
     from winnow.workers.attention.plan import TilePlan
+    from winnow.workers.attention.reference import attend_reference
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[case["dtype"]]
     b, hq, hkv, n, m, d = (case[x] for x in ("b", "hq", "hkv", "n", "m", "d"))
@@ -108,14 +130,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         q, k, v = (x[..., ::2].permute(1, 2, 0, 3) for x in wide)
     plan: TilePlan | None = TilePlan.dense(batch=1, mask_heads=1, n_rows=n, n_keys=m, block_q=16, block_k=16, device="cuda")
     softcap, window = case.get("softcap", 0.0), case.get("window", 0)
-    if case["kind"] == "kernel":
+    if case["kind"] in ("kernel", "plan"):
         bq, bk, heads = case["bq"], case["bk"], case.get("mask_heads", hq)
-        mask = torch.rand(b, heads, -(-n // bq), -(-m // bk), device="cuda") < case["density"]
-        classes = torch.arange(b * heads).view(b, heads) % 3 if case.get("classes") else None
-        plan = TilePlan.from_mask(
-            mask, n_rows=n, n_keys=m, block_q=bq, block_k=bk, head_class=classes,
-            sink=torch.full((b, heads), 100), recent=torch.full((b, heads), 300),
-        )  # fmt: skip
+        plan = _plan(case, heads)
         if "streaming" in case:
             sink, recent = case["streaming"]
             plan = TilePlan.streaming(
@@ -126,9 +143,16 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             store = torch.empty(far + m * d, dtype=dtype, device="cuda")
             k = store.as_strided((1, 2, m, d), (0, far, d, 1)).copy_(k)
         plan.check()
+    if case["kind"] == "kernel":
         out = torch.full((b, hq, n, d), torch.nan, device="cuda", dtype=dtype)
         lse = torch.full((b, hq, n), torch.nan, device="cuda")
         tile_attention(plan, q, k, v, scale=scale, out=out, lse=lse)
+    elif case["kind"] == "plan":
+        if case.get("residual"):
+            plan = dataclasses.replace(
+                plan, residual=(torch.randn(b, hq, n, d, device="cuda"), torch.randn(b, hq, n, device="cuda"))
+            )
+        out, lse = attend_plan(plan, q, k, v, scale=scale, softcap=softcap, window=window)
     elif case["kind"] == "keys":
         q = q[:, :, :1]
         plan = TilePlan.dense(batch=1, mask_heads=1, n_rows=1, n_keys=m, device="cuda")
@@ -147,7 +171,12 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     else:
         out, lse = attend_plan(None, q, k, v, scale=scale, softcap=softcap, window=window)
     torch.cuda.synchronize()
-    if softcap or window:
+    if case["kind"] == "plan":
+        expected, expected_lse = (
+            x.float()
+            for x in attend_reference(plan, q.double(), k.double(), v.double(), scale=scale, softcap=softcap, window=window)
+        )
+    elif softcap or window:
         expected, expected_lse = _by_definition(q, k, v, scale, softcap, window)
     else:
         expected, expected_lse = tile_attention_reference(plan, q, k, v, scale=scale)
@@ -157,6 +186,31 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     limit = TOLERANCE[case["dtype"]]
     ok = finite and error < limit and lse_error < max(1e-3, limit)
     return {"ok": ok, "error": error, "lse_error": lse_error, "finite": finite}
+
+
+def _plan(case: dict[str, Any], heads: int) -> Any:
+    """A random plan with what the case asks for: head classes, row intervals, token columns, mean correction."""
+    import torch
+
+    from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
+
+    b, n, m, bq, bk = (case[x] for x in ("b", "n", "m", "bq", "bk"))
+    mask = torch.rand(b, heads, -(-n // bq), -(-m // bk), device="cuda") < case["density"]
+    classes = torch.arange(b * heads).view(b, heads) % len(HeadClass) if case.get("classes") else None
+    if case.get("intervals"):
+        classes = torch.full((b, heads), HeadClass.INTERVAL)
+    position = torch.arange(m - n, m, device="cuda").expand(b, heads, n)
+    lo = position - torch.randint(0, m, (b, heads, 1), device="cuda") - torch.randint(0, 9, position.shape, device="cuda")
+    hi = position + 1 - torch.randint(-1, 5, position.shape, device="cuda")
+    columns = None
+    if share := case.get("columns"):
+        columns = TileLists.from_mask(torch.rand(*mask.shape[:3], m, device="cuda") < share)
+    return TilePlan.from_mask(
+        mask, n_rows=n, n_keys=m, block_q=bq, block_k=bk, head_class=classes,
+        sink=torch.full((b, heads), 100), recent=torch.full((b, heads), 300),
+        row_intervals=torch.stack((lo, hi), -1) if classes is not None else None,
+        token_columns=columns, mean_correction=bool(case.get("mean")),
+    )  # fmt: skip
 
 
 def _by_definition(q: Any, k: Any, v: Any, scale: float, softcap: float, window: int) -> tuple[Any, Any]:
@@ -213,18 +267,20 @@ def time_all(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def in_subprocess(case: dict[str, Any]) -> dict[str, Any]:
-    """`run_case` in a new process; a crash becomes a result."""
-    started = time.monotonic()
-    command = [sys.executable, __file__, "--case", json.dumps(case)]
+def in_subprocess(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`run_case` for each in one new process; a crash becomes the result of the case it came from."""
+    command = [sys.executable, __file__, "--cases", json.dumps(cases)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return {"case": case, "ok": False, "failure": f"no answer in {TIMEOUT_S} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"case": case, "ok": False, "failure": done.stderr.strip()[-600:] or f"exit status {done.returncode}"}
-    return {"case": case, **json.loads(lines[-1]), "seconds": round(time.monotonic() - started, 1)}
+        answers, failure = done.stdout.strip().splitlines(), done.stderr.strip()[-600:] or f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        answers, failure = (error.stdout or b"").decode().strip().splitlines(), f"no answer in {TIMEOUT_S} s"
+    results = [{"case": case, **json.loads(answer)} for case, answer in zip(cases, answers, strict=False)]
+    if len(results) == len(cases):
+        return results
+    if len(cases) == 1:
+        return [{"case": cases[0], "ok": False, "failure": failure}]
+    return results + [result for case in cases[len(results) :] for result in in_subprocess([case])]
 
 
 def main() -> int:
@@ -233,11 +289,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few configurations of each kind")
     parser.add_argument("--jobs", type=int, default=6, help="configurations at once")
     parser.add_argument("--out", type=Path, help="also write the summary to this file")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--no-timing", action="store_true", help="check only")
+    parser.add_argument("--cases", help=argparse.SUPPRESS)
     parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.case:
-        print(json.dumps(run_case(json.loads(arguments.case))))
+    if arguments.cases:
+        for case in json.loads(arguments.cases):
+            started = time.monotonic()
+            result = run_case(case)
+            print(json.dumps({**result, "seconds": round(time.monotonic() - started, 1)}), flush=True)
         return 0
     if arguments.time:
         print(json.dumps(time_all(arguments.quick)))
@@ -251,15 +311,16 @@ def main() -> int:
         return 2
     cases = kernel_cases(arguments.quick) + path_cases(arguments.quick)
     results = []
+    batches = [cases[i : i + TOGETHER] for i in range(0, len(cases), TOGETHER)]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for result in pool.map(in_subprocess, cases):
+        for result in itertools.chain.from_iterable(pool.map(in_subprocess, batches)):
             results.append(result)
             state = "ok  " if result["ok"] else "FAIL"
             detail = f"{result['error']:.1e} {result['lse_error']:.1e}" if "error" in result else result["failure"][-200:]
             print(state, json.dumps(result["case"]), detail, flush=True)
     failed = [result for result in results if not result["ok"]]
-    timing: Any = "not timed: a check failed"
-    if not failed:
+    timing: Any = "not timed: a check failed" if failed else "not asked for"
+    if not failed and not arguments.no_timing:
         command = [sys.executable, __file__, "--time", *(["--quick"] if arguments.quick else [])]
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * TIMEOUT_S)
         timing = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else done.stderr[-600:]

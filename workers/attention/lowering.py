@@ -17,25 +17,26 @@ class Lowered:
 
     Attributes:
         full, partial: B * Hm * nQ rows of key tiles.
-        sink, recent: [B, Hm] int32; heads that are not STREAMING have sink = M, which lets everything pass.
+        sink, recent: [B, Hm] int32; heads that are not STREAMING have sink = M, which lets everything pass. None where no head is.
         intervals: [B, Hm, N, 2] int32; rows of heads that are not INTERVAL have (0, M). None where no head is.
+
+    All tensors are contiguous.
     """
 
     full: TileLists
     partial: TileLists
-    sink: Tensor
-    recent: Tensor
+    sink: Tensor | None = None
+    recent: Tensor | None = None
     intervals: Tensor | None = None
 
 
 def lower(plan: TilePlan) -> Lowered:
-    """The same pairs as `plan`, on its device, without waiting for it unless classes are mixed with CSR.
+    """The same pairs as `plan`, on its device, without waiting for it.
 
     Cost: nothing for a plan of CSR heads; O(B Hm nQ nK) otherwise. Mutates nothing.
     """
-    everything = torch.full_like(plan.sink, plan.n_keys)
     if plan.kinds == {HeadClass.CSR}:
-        return Lowered(plan.full, plan.partial, everything, torch.ones_like(everything))
+        return Lowered(plan.full, plan.partial)
     full, partial, _ = tile_kinds(plan.n_rows, plan.n_keys, plan.block_q, plan.block_k, plan.device)
     class_ = plan.head_class[:, :, None, None]
     sink, recent = plan.sink[:, :, None, None], plan.recent[:, :, None, None]
@@ -51,7 +52,8 @@ def lower(plan: TilePlan) -> Lowered:
     intervals = None
     if plan.row_intervals is not None:
         own = class_ == HeadClass.INTERVAL
-        intervals = torch.where(own, plan.row_intervals, torch.tensor((0, plan.n_keys), dtype=torch.int32, device=plan.device))
+        lo, hi = plan.row_intervals.unbind(-1)
+        intervals = torch.stack((torch.where(own[..., 0], lo, 0), torch.where(own[..., 0], hi, plan.n_keys)), -1)
         last_row = -plan.n_rows % plan.block_q  # rows beyond the end repeat the last one
         rows = torch.cat((intervals, intervals[:, :, -1:].expand(-1, -1, last_row, -1)), 2).unflatten(2, (-1, plan.block_q))
         lo, hi = rows[..., 0], rows[..., 1]  # [B, Hm, nQ, Bq]
@@ -60,13 +62,17 @@ def lower(plan: TilePlan) -> Lowered:
         full_mask, partial_mask = full_mask | (own & whole), partial_mask | (own & some & ~whole)
     if HeadClass.CSR in plan.kinds:
         shape = (plan.batch, plan.mask_heads, plan.n_q_tiles, plan.n_k_tiles)
-        full_mask |= plan.full.to_mask(plan.n_k_tiles).view(shape)
-        partial_mask |= plan.partial.to_mask(plan.n_k_tiles).view(shape)
-    is_streaming = plan.head_class == HeadClass.STREAMING
-    return Lowered(
-        TileLists.from_mask(full_mask),
-        TileLists.from_mask(partial_mask),
-        torch.where(is_streaming, plan.sink, everything),
-        plan.recent,
-        intervals,
-    )
+        full_mask |= _listed(plan.full, plan.n_k_tiles).view(shape)
+        partial_mask |= _listed(plan.partial, plan.n_k_tiles).view(shape)
+    lists = TileLists.from_mask(full_mask), TileLists.from_mask(partial_mask)
+    if HeadClass.STREAMING not in plan.kinds:
+        return Lowered(*lists, intervals=intervals)
+    sinks = torch.where(plan.head_class == HeadClass.STREAMING, plan.sink, plan.n_keys)
+    return Lowered(*lists, sinks, plan.recent.contiguous(), intervals)
+
+
+def _listed(lists: TileLists, columns: int) -> Tensor:
+    """[rows, columns] bool, as `TileLists.to_mask`, without waiting: ids that lie beyond the last row go to a row past the end."""
+    at = lists.row_of_ids() * columns + lists.ids.clamp(0, columns - 1)
+    mask = torch.zeros((lists.n_rows + 1) * columns, dtype=torch.bool, device=lists.ids.device)
+    return mask.scatter_(0, at, True).view(-1, columns)[:-1]

@@ -99,8 +99,10 @@ def test_lowering_keeps_the_same_pairs(drawn: tuple[TilePlan, Asked]) -> None:
     def pairs(tiles: TileLists) -> Tensor:
         return tiles.to_mask(plan.n_k_tiles).view(shape)[:, :, row // plan.block_q][..., key // plan.block_k]
 
-    sink, recent = lists.sink[..., None, None], lists.recent[..., None, None]
-    partial = pairs(lists.partial) & (key <= position) & ((key < sink) | (key > position - recent))
+    partial = pairs(lists.partial) & (key <= position)
+    if lists.sink is not None and lists.recent is not None:
+        sink, recent = lists.sink[..., None, None], lists.recent[..., None, None]
+        partial &= (key < sink) | (key > position - recent)
     if lists.intervals is not None:
         lo, hi = lists.intervals.unsqueeze(-2).unbind(-1)
         partial &= (key >= lo) & (key < hi)

@@ -1,4 +1,7 @@
-"""Tile attention in Triton: the forward pass over a plan's tile lists. Importing this module imports triton."""
+"""Tile attention in Triton: the forward pass over a plan's tile lists. Importing this module imports triton.
+
+`tile_attention` is the one way in. 16-bit calls on compute capability 9.0 run in `hopper_kernel`, everything else here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.errors import Unsupported
-from winnow.workers.attention.estimates import log_weights, pooled_tiles
+from winnow.workers.attention.kernels.tile_attention import hopper
+from winnow.workers.attention.kernels.tile_attention.pseudo_keys import pseudo_keys
 from winnow.workers.attention.lowering import lower
 from winnow.workers.attention.plan import TilePlan
 
@@ -57,7 +61,7 @@ def tile_attention_kernel(
     stride_ob, stride_oh, stride_on, n_rows, n_keys, n_q_heads, heads_per_kv, heads_per_mask, mask_heads, plan_batch, n_q_tiles,
     scale_log2,
     HEAD_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr,
-    UPCAST: tl.constexpr, INTERVALS: tl.constexpr, COLUMNS: tl.constexpr, POOLED: tl.constexpr,
+    UPCAST: tl.constexpr, STREAMS: tl.constexpr, INTERVALS: tl.constexpr, COLUMNS: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
     """One program owns one query tile of one query head: out and lse of its rows, nothing else.
 
@@ -75,11 +79,12 @@ def tile_attention_kernel(
     head = (tl.program_id(1) % n_q_heads).to(tl.int64)
     mask_head = tl.minimum(batch, plan_batch - 1) * mask_heads + head // heads_per_mask
     row_of_lists = mask_head * n_q_tiles + q_tile
-    sink = tl.load(sink_ptr + mask_head)
-    recent = tl.load(recent_ptr + mask_head)
 
     row = q_tile.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q).to(tl.int64)
     position = row + (n_keys - n_rows)
+    if STREAMS:
+        sink = tl.load(sink_ptr + mask_head)
+        recent = tl.load(recent_ptr + mask_head)
     if INTERVALS:
         lo = tl.load(intervals_ptr + (mask_head * n_rows + row) * 2, mask=row < n_rows, other=0)
         hi = tl.load(intervals_ptr + (mask_head * n_rows + row) * 2 + 1, mask=row < n_rows, other=0)
@@ -131,7 +136,9 @@ def tile_attention_kernel(
     steps = (tl.load(partial_offsets + row_of_lists + 1) - first).to(tl.int32) * STEPS
     for i in range(steps):  # a partial tile may hang over the end of the keys
         key = tl.load(partial_ids + first + i // STEPS).to(tl.int64) * BLOCK_K + (i % STEPS) * STEP + step_idx
-        allowed = (key[None, :] <= position[:, None]) & ((key < sink)[None, :] | (key[None, :] > position[:, None] - recent))
+        allowed = key[None, :] <= position[:, None]
+        if STREAMS:
+            allowed = allowed & ((key < sink)[None, :] | (key[None, :] > position[:, None] - recent))
         if INTERVALS:
             allowed = allowed & (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
         acc, top, total = _step(
@@ -174,7 +181,7 @@ class Launch:
         return cls(head_size, padded, block_q, block_k, step, 8 if wide or padded > 128 else 4, 1 if wide else 2)
 
     def constants(
-        self, *, upcast: bool = False, intervals: bool = False, columns: bool = False, pooled: bool = False
+        self, *, upcast: bool = False, streams: bool = False, intervals: bool = False, columns: bool = False, pooled: bool = False
     ) -> dict[str, Any]:
         """The kernel's constexpr arguments."""
         return {
@@ -184,6 +191,7 @@ class Launch:
             "BLOCK_K": self.block_k,
             "STEP": self.step,
             "UPCAST": upcast,
+            "STREAMS": streams,
             "INTERVALS": intervals,
             "COLUMNS": columns,
             "POOLED": pooled,
@@ -218,33 +226,33 @@ def tile_attention(
     interpreted = not isinstance(tile_attention_kernel, triton.JITFunction)
     if interpreted and q.dtype == torch.bfloat16:
         raise Unsupported("tile attention: Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there")
-    launch = Launch.choose(q.dtype, q.shape[3], plan.block_q, plan.block_k)
+    choice = Launch.choose(q.dtype, q.shape[3], plan.block_q, plan.block_k)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if lse is None else lse
     lists, columns = lower(plan), plan.token_columns
-    pooled_k, pooled_v, weights = _pseudo_keys(plan, k, v) if plan.mean_correction else (k, v, lse)
+    if not interpreted and hopper.takes(plan, q, k, scale=scale):
+        hopper.launch(plan, lists, q, k, v, scale=scale, out=out, lse=lse)
+        return out, lse
+    pooled_k, pooled_v, weights = pseudo_keys(plan, k, v) if plan.mean_correction else (k, v, lse)
     unused = lists.full
     b, hq, n, _ = q.shape
-    constants = launch.constants(
-        upcast=interpreted, intervals=lists.intervals is not None, columns=columns is not None, pooled=plan.mean_correction
+    constants = choice.constants(
+        upcast=interpreted,
+        streams=lists.sink is not None,
+        intervals=lists.intervals is not None,
+        columns=columns is not None,
+        pooled=plan.mean_correction,
     )
     tile_attention_kernel[(plan.n_q_tiles, b * hq)](
         q, k, v, out, lse,
         lists.full.offsets, lists.full.ids, lists.partial.offsets, lists.partial.ids,
-        lists.sink.contiguous(), lists.recent.contiguous(),
-        lists.sink if lists.intervals is None else lists.intervals.contiguous(),
+        unused.ids if lists.sink is None else lists.sink, unused.ids if lists.recent is None else lists.recent,
+        unused.ids if lists.intervals is None else lists.intervals,
         (columns or unused).offsets, (columns or unused).ids, pooled_k, pooled_v, weights,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         n, k.shape[2], hq, hq // k.shape[1], hq // plan.mask_heads, plan.mask_heads, plan.batch, plan.n_q_tiles,
         scale * _LOG2_E,
-        **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **constants, num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip
     return out, lse
-
-
-def _pseudo_keys(plan: TilePlan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean keys and values of all whole tiles, in k's dtype, and what a query tile adds to their logits, base 2."""
-    pooled_k, pooled_v = (pooled_tiles(x, plan.block_k).to(k.dtype).contiguous() for x in (k, v))
-    weights = log_weights(plan)[..., : pooled_k.shape[2]]
-    return pooled_k, pooled_v, (weights * _LOG2_E).contiguous()
