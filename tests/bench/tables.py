@@ -3,9 +3,46 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class View(NamedTuple):
+    """How a file whose names are paths becomes a table with one line for many rows.
+
+    Attributes:
+        pattern: matches the whole name of a row that is shown, the others stay in the file.
+        line, column: where a row stands, from the pattern's groups.
+        what: what the cells are, for the reader.
+        values: columns that begin with one of these show values, the others ratios.
+    """
+
+    pattern: str
+    line: str
+    column: str
+    what: str
+    values: tuple[str, ...] = ()
+
+
+_RATE = "TFLOP/s on kept pairs over those of the dense control"
+VIEWS = {
+    "executor_h100": View(r"(\w+)/(.+)", r"\2", r"\1", f"keys / density / tile or window; {_RATE}"),
+    "executor_cpu": View(r"\w+/(.+)", r"\1", "time over dense", "keys / density / tile / lists"),
+    "prefill_h100": View(
+        r"prefill/131072/model-like/([^/]+)/(selection_ms|attention_ms|density|recall)",
+        r"\1",
+        r"\2",
+        "131,072 keys of the workload `model-like`; times over cuDNN dense attention",
+        ("density", "recall"),
+    ),
+    "quality": View(
+        r"quality/(\w+)/([^/]+)/(score|recall|density)", r"\2", r"\3 \1", "score over dense, recall, density, by length",
+        ("recall", "density"),
+    ),
+    "break_even_cpu": View("", "", "", "the measurements that the break-even predictor is fitted to; they stay in the file"),
+}  # fmt: skip
 
 
 def _results_module() -> Any:
@@ -36,8 +73,11 @@ def markdown(files: dict[str, Any]) -> str:
 
 
 def _one(name: str, data: Any) -> str:
+    title = f"**{name}** · {data.machine} · {data.date[:10]} · commit `{data.commit}` · `{data.command}`"
+    if name in VIEWS:
+        return _grid(title, VIEWS[name], data)
     lines = [
-        f"**{name}** · {data.machine} · {data.date[:10]} · commit `{data.commit}` · `{data.command}`",
+        title,
         "",
         "| Measure | Value | Control | Ratio | n | Spread | Note |",
         "|---|---|---|---|---|---|---|",
@@ -46,6 +86,23 @@ def _one(name: str, data: Any) -> str:
         value, control = f"{number(row.value)} {row.unit}".strip(), f"{number(row.control_value)} {row.unit}".strip()
         cells = (row.name, value, f"{row.control}: {control}", number(row.ratio), str(row.n), f"{row.spread:.0%}", row.note)
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _grid(title: str, view: View, data: Any) -> str:
+    cells: dict[str, dict[str, str]] = {}
+    for row in data.rows:
+        if found := re.fullmatch(view.pattern, row.name):
+            column = found.expand(view.column)
+            value = row.value if column.startswith(view.values or ("\0",)) else row.ratio
+            cells.setdefault(found.expand(view.line), {})[column] = number(value)
+    title = f"{title}\n\n{view.what[0].upper()}{view.what[1:]}."
+    if not cells:
+        return title
+    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+    lines = [title, "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, line in cells.items():
+        lines.append(f"| {name} | " + " | ".join(line.get(column, "") for column in columns) + " |")
     return "\n".join(lines)
 
 

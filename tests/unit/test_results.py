@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,27 @@ def test_a_good_file_becomes_a_table(tmp_path: Path) -> None:
     text = tables.markdown(read(tmp_path, GOOD))
     assert text.splitlines()[-1] == "| ttft | 1.1 s | in process: 1 s | 1.1 | 3 | 10% |  |"
     assert "abc1234" in text and "make bench" in text
+
+
+def test_a_file_with_a_view_becomes_a_line_for_many_rows(tmp_path: Path) -> None:
+    data = copy.deepcopy(GOOD)
+    names = ("executor/8192/0.10/128x128", "executor_flex/8192/0.10/128x128", "executor/8192/0.25/128x128")
+    data["rows"] = [{**ROW, "name": name} for name in names]
+    (tmp_path / "executor_h100.json").write_text(json.dumps(data))
+    lines = tables.markdown(tables.load(tmp_path)).splitlines()
+    assert lines[-4:] == [
+        "| | executor | executor_flex |",
+        "|---|---|---|",
+        "| 8192/0.10/128x128 | 1.1 | 1.1 |",
+        "| 8192/0.25/128x128 | 1.1 |  |",
+    ]
+
+
+def test_every_view_shows_something_of_its_committed_file() -> None:
+    for name, data in tables.load().items():
+        view = tables.VIEWS.get(name)
+        if view is not None and view.pattern:
+            assert any(re.fullmatch(view.pattern, row.name) for row in data.rows), name
 
 
 @pytest.mark.parametrize(
