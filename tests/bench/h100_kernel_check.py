@@ -66,6 +66,7 @@ def kernel_cases(quick: bool) -> list[dict[str, Any]]:
         {"mean": True},
         {"mean": True, "columns": 0.05, "n": 500, "m": 1777, "bk": 32},
         {"mean": True, "columns": 0.05, "mask_heads": 1, "b": 2, "d": 64},
+        {"mean": True, "columns": 0.01, "n": 4096, "m": 4096, "density": 0.1},
         {"strided": True},
         {"streaming": [128, 300]},
         {"n": 4096, "m": 4096, "density": 0.1},
@@ -128,7 +129,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     if case.get("strided"):
         wide = (torch.randn(x.shape[2], b, x.shape[1], 2 * d, device="cuda").to(dtype) for x in (q, k, v))
         q, k, v = (x[..., ::2].permute(1, 2, 0, 3) for x in wide)
-    plan: TilePlan | None = TilePlan.dense(batch=1, mask_heads=1, n_rows=n, n_keys=m, block_q=16, block_k=16, device="cuda")
+    plan = TilePlan.dense(batch=1, mask_heads=1, n_rows=n, n_keys=m, block_q=16, block_k=16, device="cuda")
     softcap, window = case.get("softcap", 0.0), case.get("window", 0)
     if case["kind"] in ("kernel", "plan"):
         bq, bk, heads = case["bq"], case["bk"], case.get("mask_heads", hq)
@@ -289,6 +290,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few configurations of each kind")
     parser.add_argument("--jobs", type=int, default=6, help="configurations at once")
     parser.add_argument("--out", type=Path, help="also write the summary to this file")
+    parser.add_argument("--dtypes", nargs="*", default=list(TOLERANCE), choices=list(TOLERANCE), help="only these")
     parser.add_argument("--no-timing", action="store_true", help="check only")
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
@@ -310,6 +312,7 @@ def main() -> int:
         print("no CUDA device: this script checks kernels on one; the interpreter tests are in tests/kernels", file=sys.stderr)
         return 2
     cases = kernel_cases(arguments.quick) + path_cases(arguments.quick)
+    cases = [case for case in cases if case["dtype"] in arguments.dtypes]
     results = []
     batches = [cases[i : i + TOGETHER] for i in range(0, len(cases), TOGETHER)]
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -118,13 +118,24 @@ def test_empty_selection_leaves_the_diagonal(device: str) -> None:
     compare(make_plan(device, 65, 130, 32, 32, density=0.0), q, k, v)
 
 
-def test_a_row_with_no_list_at_all_gives_zero_and_minus_infinity(device: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "d", "block"), [(torch.float32, 16, 16), pytest.param(torch.float16, 64, 64, marks=pytest.mark.gpu)], ids=str
+)
+def test_a_row_with_no_list_at_all_gives_zero_and_minus_infinity(device: str, dtype: torch.dtype, d: int, block: int) -> None:
     """No constructor makes such a plan; the kernel must still write every element."""
-    q, k, v = make(device, torch.float32, 40, 40)
-    plan = make_plan(device, 40, 40, 16, 16)
+    q, k, v = make(device, dtype, 40, 40, d=d)
+    plan = make_plan(device, 40, 40, block, block)
     rows = plan.full.offsets.numel() - 1
     empty = TilePlan(
-        40, 40, 16, 16, plan.head_class, TileLists.empty(rows, device), TileLists.empty(rows, device), plan.sink, plan.recent
+        40,
+        40,
+        block,
+        block,
+        plan.head_class,
+        TileLists.empty(rows, device),
+        TileLists.empty(rows, device),
+        plan.sink,
+        plan.recent,
     )
     out = torch.full(q.shape, torch.nan, device=device)
     lse = torch.full(q.shape[:3], torch.nan, device=device)
@@ -203,6 +214,16 @@ def test_lists_longer_than_their_content(device: str) -> None:
     compare(TilePlan(65, 65, 32, 32, plan.head_class, padded[0], padded[1], plan.sink, plan.recent), q, k, v)
 
 
+def test_lists_longer_than_their_content_beside_other_classes(device: str) -> None:
+    q, k, v = make(device, torch.float32, 65, 90, hq=4, hkv=4)
+    plan = make_plan(device, 65, 90, 16, 32, heads=4, classes=torch.tensor([list(HeadClass)]))
+    lists = {name: getattr(plan, name) for name in ("full", "partial")}
+    longer = {name: TileLists.from_mask(x.to_mask(plan.n_k_tiles), compact=False) for name, x in lists.items()}
+    for x in longer.values():  # what lies beyond the last row means nothing
+        x.ids[int(x.offsets[-1]) :] = 2**31 - 1
+    compare(dataclasses.replace(plan, **longer), q, k, v)
+
+
 def test_every_stride_is_honoured(device: str) -> None:
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(40, 3, 2, 32, generator=gen).to(device)[:, :, :, ::2].permute(2, 1, 0, 3) for _ in range(3))
@@ -240,6 +261,45 @@ def test_bfloat16_is_refused_where_it_would_be_wrong() -> None:
     q, k, v = make("cpu", torch.bfloat16, 40, 40)
     with pytest.raises(Unsupported, match="bfloat16"):
         tile_attention(make_plan("cpu", 40, 40, 16, 16), q, k, v, scale=SCALE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float16, 128), (torch.bfloat16, 64)], ids=str)
+@pytest.mark.parametrize(("hq", "hkv", "heads"), [(4, 2, 4), (4, 2, 2), (4, 4, 1)])
+@pytest.mark.parametrize(("bq", "bk"), [(128, 128), (128, 32), (64, 64), (64, 128)])
+def test_sizes_that_hopper_has_its_own_kernel_for(
+    dtype: torch.dtype, d: int, hq: int, hkv: int, heads: int, bq: int, bk: int
+) -> None:
+    for n, m in ((1, 999), (300, 300), (257, 700)):
+        q, k, v = make("cuda", dtype, n, m, batch=2, hq=hq, hkv=hkv, d=d)
+        compare(make_plan("cuda", n, m, bq, bk, batch=2, heads=heads), q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bq", "bk"), [(128, 128), (64, 32)])
+def test_everything_a_plan_says_where_hopper_has_its_own_kernel(bq: int, bk: int) -> None:
+    q, k, v = make("cuda", torch.bfloat16, 300, 700, hq=8, hkv=4, d=128)
+    classes = torch.tensor([list(HeadClass)]).repeat_interleave(2, 1)
+    plan = make_plan("cuda", 300, 700, bq, bk, heads=8, classes=classes, columns=0.1, mean_correction=True)
+    compare(plan, q, k, v)
+    far = 2**31 + 64  # the second head's keys
+    store = torch.empty(3 * far + 700 * 128, dtype=k.dtype, device="cuda")
+    compare(plan, q, store.as_strided((1, 4, 700, 128), (0, far, 128, 1)).copy_(k), v)
+
+
+@pytest.mark.gpu
+def test_a_call_does_not_wait_for_the_device() -> None:
+    q, k, v = make("cuda", torch.bfloat16, 300, 700, hq=4, hkv=2, d=128)
+    plan = make_plan(
+        "cuda", 300, 700, 128, 128, heads=4, classes=torch.tensor([list(HeadClass)]), columns=0.1, mean_correction=True
+    )
+    first, _ = attend_plan(plan, q, k, v, scale=SCALE)  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again, _ = attend_plan(plan, q, k, v, scale=SCALE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
 
 
 @pytest.mark.gpu

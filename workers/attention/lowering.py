@@ -17,7 +17,7 @@ class Lowered:
 
     Attributes:
         full, partial: B * Hm * nQ rows of key tiles.
-        sink, recent: [B, Hm] int32; heads that are not STREAMING have sink = M, which lets everything pass. None where no head is.
+        sink, recent: [B, Hm] int32; heads that are not STREAMING have sink = M, which lets everything pass. None where none is.
         intervals: [B, Hm, N, 2] int32; rows of heads that are not INTERVAL have (0, M). None where no head is.
 
     All tensors are contiguous.
@@ -72,7 +72,7 @@ def lower(plan: TilePlan) -> Lowered:
 
 
 def _listed(lists: TileLists, columns: int) -> Tensor:
-    """[rows, columns] bool, as `TileLists.to_mask`, without waiting: ids that lie beyond the last row go to a row past the end."""
+    """[rows, columns] bool, as `TileLists.to_mask`, without waiting: what lies beyond the last row goes past the end."""
     at = lists.row_of_ids() * columns + lists.ids.clamp(0, columns - 1)
     mask = torch.zeros((lists.n_rows + 1) * columns, dtype=torch.bool, device=lists.ids.device)
     return mask.scatter_(0, at, True).view(-1, columns)[:-1]

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from winnow.errors import InvalidRequest
-from winnow.workers.attention.tiles import TileLists, causal_intervals, causal_pairs, keys_in_tiles, tile_counts, tile_kinds
+from winnow.workers.attention.tiles import (
+    TileLists,
+    causal_intervals,
+    causal_pairs,
+    keys_in_tiles,
+    partial_lists,
+    tile_counts,
+    tile_kinds,
+)
 
 __all__ = ["HeadClass", "ResidualEstimator", "TileLists", "TilePlan", "tile_kinds"]
 
@@ -155,17 +163,16 @@ class TilePlan:
                 f"{block_q}x{block_k}, got {mask.dtype} {list(mask.shape)}"
             )
         kinds, class_ = frozenset({HeadClass.CSR}), None
-        full, partial, diagonal = tile_kinds(n_rows, n_keys, block_q, block_k, mask.device)
-        partial = partial.expand(mask.shape)
-        kept, dropped = (mask | diagonal) & full, ~(mask | diagonal) & full
+        full, _, diagonal = tile_kinds(n_rows, n_keys, block_q, block_k, mask.device)
+        wanted, is_csr = mask | diagonal, torch.ones(mask.shape[:2], dtype=torch.bool, device=mask.device)
         if head_class is not None:
             kinds = frozenset(HeadClass(int(c)) for c in head_class.unique())
             class_ = head_class.to(mask.device, torch.int8)
-            is_csr = (class_ == HeadClass.CSR)[:, :, None, None]
-            kept, partial, dropped = kept & is_csr, partial & is_csr, dropped & is_csr
+            is_csr = class_ == HeadClass.CSR
+            full = full & is_csr[:, :, None, None]
         zeros = torch.zeros(mask.shape[:2], dtype=torch.int32, device=mask.device)
         if token_columns is not None:
-            token_columns = keys_in_tiles(token_columns, dropped, block_k, n_keys)
+            token_columns = keys_in_tiles(token_columns, ~wanted & full, block_k, n_keys)
         if row_intervals is not None:
             row_intervals = causal_intervals(row_intervals.to(mask.device), n_rows, n_keys)
         return cls(
@@ -174,8 +181,8 @@ class TilePlan:
             block_q,
             block_k,
             class_ if class_ is not None else torch.full_like(zeros, HeadClass.CSR, dtype=torch.int8),
-            TileLists.from_mask(kept),
-            TileLists.from_mask(partial),
+            TileLists.from_mask(wanted & full),
+            partial_lists(n_rows, n_keys, block_q, block_k, is_csr),
             sink.to(mask.device, torch.int32) if sink is not None else zeros,
             recent.to(mask.device, torch.int32) if recent is not None else zeros + 1,
             kinds,
@@ -274,29 +281,31 @@ class TilePlan:
         return kept & (key <= position)
 
     def density(self) -> float:
-        """Kept (query, key) pairs over causal pairs, exact, mean over mask heads. Waits for the device."""
-        n, m = self.n_rows, self.n_keys
+        """Kept (query, key) pairs over causal pairs, exact, mean over mask heads. Waits for the device, once."""
+        n, m, device = self.n_rows, self.n_keys, self.device
         offset = m - n
         causal = n * offset + n * (n + 1) // 2
-        budget = torch.where(self.head_class == HeadClass.STREAMING, self.sink.long() + self.recent.long(), m)
-        kept = causal_pairs(torch.tensor(offset), torch.tensor(m - 1), budget.cpu())
-        class_ = self.head_class.cpu()
-        total = int(torch.where((class_ == HeadClass.DENSE) | (class_ == HeadClass.STREAMING), kept, 0).sum())
-        for lists in (self.full, self.partial):
-            rows, tiles = (x.cpu() for x in lists.entries())
-            first = (rows % self.n_q_tiles) * self.block_q
-            last = torch.clamp(first + self.block_q, max=n) - 1
-            start = tiles * self.block_k
-            width = torch.clamp(start + self.block_k, max=m) - start
-            total += int(causal_pairs(first + offset - start, last + offset - start, width).sum())
+        first = torch.arange(self.n_q_tiles, device=device) * self.block_q
+        height = torch.clamp(first + self.block_q, max=n) - first
+        # a full tile is whole, and read by all rows of its query tile: their numbers are enough
+        total = (self.full.counts().view(-1, self.n_q_tiles) * height).sum() * self.block_k
+        row, here = self.partial.row_of_ids(), torch.arange(self.partial.ids.numel(), device=device) < self.partial.offsets[-1]
+        start = self.partial.ids.long() * self.block_k
+        p0 = first[row % self.n_q_tiles] + offset - start
+        pairs = causal_pairs(p0, p0 + height[row % self.n_q_tiles] - 1, torch.clamp(start + self.block_k, max=m) - start)
+        total = total + torch.where(here, pairs, 0).sum()
+        if self.kinds & {HeadClass.DENSE, HeadClass.STREAMING}:
+            budget = torch.where(self.head_class == HeadClass.STREAMING, self.sink.long() + self.recent.long(), m)
+            ends = torch.arange(2, device=device) * (n - 1) + offset
+            kept = causal_pairs(ends[0], ends[1], budget)
+            listed = (self.head_class != HeadClass.DENSE) & (self.head_class != HeadClass.STREAMING)
+            total = total + kept.masked_fill(listed, 0).sum()
         if self.token_columns is not None:
-            first = torch.arange(0, n, self.block_q)
-            height = torch.clamp(first + self.block_q, max=n) - first
-            total += int((self.token_columns.counts().cpu().view(-1, self.n_q_tiles) * height).sum())
+            total = total + (self.token_columns.counts().view(-1, self.n_q_tiles) * height).sum()
         if self.row_intervals is not None:
-            lengths = self.row_intervals.cpu().long().diff(dim=-1).sum((-1, -2))
-            total += int(torch.where(class_ == HeadClass.INTERVAL, lengths, 0).sum())
-        return total / (causal * self.batch * self.mask_heads)
+            lengths = self.row_intervals.long().diff(dim=-1).sum((-1, -2))
+            total = total + lengths.masked_fill(self.head_class != HeadClass.INTERVAL, 0).sum()
+        return int(total) / (causal * self.batch * self.mask_heads)
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of this class holds. Waits for the device; for tests and debugging."""

@@ -5,7 +5,9 @@ N query rows, M >= N keys, right-aligned: row i sits at position p = i + (M - N)
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +36,12 @@ class TileLists:
             mask: [..., C] bool, any device; leading axes are flattened into rows.
             compact: cut `ids` to its exact length, which waits for the device; default: only on the CPU.
         """
+        flat = mask.reshape(-1, mask.shape[-1])
+        offsets = _offsets(flat)
+        if _compacts(flat, compact):
+            return cls(offsets, _kernels().compact_rows(flat, None, offsets))
         columns = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-        return cls.from_ids(columns.expand(mask.shape), mask, compact=compact)
+        return cls(offsets, _gathered(columns.expand(flat.shape), flat, compact))
 
     @classmethod
     def from_ids(cls, ids: Tensor, valid: Tensor | None = None, *, compact: bool | None = None) -> TileLists:
@@ -47,9 +53,13 @@ class TileLists:
             compact: as `from_mask`.
         """
         flat = ids.reshape(-1, ids.shape[-1])
-        chosen = torch.ones_like(flat, dtype=torch.bool) if valid is None else valid.reshape(flat.shape)
-        offsets = torch.zeros(flat.shape[0] + 1, dtype=torch.int64, device=ids.device)
-        torch.cumsum(chosen.sum(-1, dtype=torch.int64), 0, out=offsets[1:])
+        if valid is None:
+            rows, width = flat.shape
+            return cls(torch.arange(rows + 1, device=ids.device) * width, flat.reshape(-1).to(torch.int32))
+        chosen = valid.reshape(flat.shape)
+        offsets = _offsets(chosen)
+        if _compacts(flat, compact):
+            return cls(offsets, _kernels().compact_rows(chosen, flat, offsets))
         return cls(offsets, _gathered(flat, chosen, compact))
 
     @classmethod
@@ -74,6 +84,8 @@ class TileLists:
         """The same rows with the ids set in keep [len(ids)] bool. Does not wait for the device unless compact."""
         keep = keep & (torch.arange(keep.numel(), device=keep.device) < self.offsets[-1])
         before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+        if _compacts(keep, compact):
+            return TileLists(before[self.offsets], _kernels().compact(keep, before, self.ids))
         return TileLists(before[self.offsets], _gathered(self.ids, keep, compact))
 
     def entries(self) -> tuple[Tensor, Tensor]:
@@ -86,6 +98,54 @@ class TileLists:
         mask = torch.zeros(self.n_rows, columns, dtype=torch.bool, device=self.ids.device)
         mask[self.entries()] = True
         return mask
+
+
+def _offsets(chosen: Tensor) -> Tensor:
+    """[rows + 1] int64: how many entries of chosen [rows, C] are set before each row."""
+    offsets = torch.zeros(chosen.shape[0] + 1, dtype=torch.int64, device=chosen.device)
+    torch.cumsum(chosen.sum(-1, dtype=torch.int64), 0, out=offsets[1:])
+    return offsets
+
+
+def _compacts(x: Tensor, compact: bool | None) -> bool:
+    """Whether the kernels do it: on CUDA, unless the exact length is asked for."""
+    return x.is_cuda and not compact and _kernels() is not None
+
+
+@functools.cache
+def _kernels() -> Any:
+    """`kernels.tile_lists`, or None where triton is missing."""
+    try:
+        from winnow.workers.attention.kernels import tile_lists
+    except ImportError:
+        return None
+    return tile_lists
+
+
+def partial_lists(n_rows: int, n_keys: int, block_q: int, block_k: int, heads: Tensor) -> TileLists:
+    """The partial tiles of every query tile, from the geometry alone: the same for all heads that have lists.
+
+    They are the tiles from the one that holds key p0 + 1 up to the one of position p1.
+
+    Args:
+        heads: [..., Hm] bool, which heads have lists. Leading axes and Hm are flattened into the rows' outer order.
+
+    Returns:
+        heads.numel() * nQ rows. Does not wait for the device.
+    """
+    p0, p1 = tile_positions(n_rows, n_keys, block_q, block_k, heads.device)
+    most = (block_q - 2) // block_k + 2
+    ids = ((p0 + 1) // block_k)[:, None] + torch.arange(most, device=heads.device)
+    valid = (ids <= (p1 // block_k)[:, None]) & heads.reshape(-1, 1, 1)
+    return TileLists.from_ids(ids.expand(valid.shape), valid)
+
+
+def tile_positions(n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """[nQ] int64 each: positions p0 and p1 of the first and the last row of every query tile."""
+    n_q, _ = tile_counts(n_rows, n_keys, block_q, block_k)
+    first = torch.arange(n_q, device=device) * block_q
+    past = n_keys - n_rows
+    return first + past, torch.clamp(first + block_q, max=n_rows) - 1 + past
 
 
 def _gathered(ids: Tensor, keep: Tensor, compact: bool | None) -> Tensor:
@@ -113,10 +173,8 @@ def tile_counts(n_rows: int, n_keys: int, block_q: int, block_k: int) -> tuple[i
 
 def tile_kinds(n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """Three masks [nQ, nK] bool: full, partial, and diagonal (holds some row's own key; full or partial)."""
-    n_q, n_k = tile_counts(n_rows, n_keys, block_q, block_k)
-    first = torch.arange(n_q, device=device)[:, None] * block_q
-    last = torch.clamp(first + block_q, max=n_rows) - 1
-    p0, p1 = first + (n_keys - n_rows), last + (n_keys - n_rows)
+    _, n_k = tile_counts(n_rows, n_keys, block_q, block_k)
+    p0, p1 = (x[:, None] for x in tile_positions(n_rows, n_keys, block_q, block_k, device))
     start = torch.arange(n_k, device=device) * block_k
     end = start + block_k - 1
     full = end <= p0
@@ -149,7 +207,7 @@ def keys_in_tiles(keys: TileLists, tiles: Tensor, block_k: int, n_keys: int) -> 
         )
     if keys.ids.numel() == 0:
         return keys
-    key, row = keys.ids.long(), keys.row_of_ids().clamp(max=flat.shape[0] - 1)
+    key, row = keys.ids, keys.row_of_ids().clamp(max=flat.shape[0] - 1)
     keep = (key >= 0) & (key < n_keys)
     keep &= flat[row, torch.where(keep, key // block_k, 0)]
     keep[1:] &= (key[1:] != key[:-1]) | (row[1:] != row[:-1])

@@ -88,15 +88,21 @@ def _processors(device_idx: int) -> int:
 def _kernel() -> Any:
     """The kernel, or None where this triton has no Gluon for it, which is said once."""
     try:
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+            raise ImportError("needs triton 3.6")
         from winnow.workers.attention.kernels.tile_attention.hopper_kernel import hopper_kernel
     except (ImportError, AttributeError) as error:
-        log.warning("tile attention: triton %s lacks what it needs on Hopper, using the general kernel: %.200s",
-                    triton.__version__, error)  # fmt: skip
+        _give_up(error)
         return None
     return hopper_kernel
 
 
-def takes(plan: TilePlan, q: Tensor, k: Tensor, *, scale: float) -> bool:
+def _give_up(error: Exception) -> None:
+    log.warning("tile attention: triton %s cannot build the kernel for Hopper, the general one is slower: %.300s",
+                triton.__version__, error)  # fmt: skip
+
+
+def takes(plan: TilePlan, q: Tensor, *, scale: float) -> bool:
     """Whether `launch` can run this: capability 9.0, 16-bit, query tiles of 64 or 128, heads of 33..256 in whole 16 bytes."""
     head_size = q.shape[3]
     return (
@@ -112,18 +118,26 @@ def takes(plan: TilePlan, q: Tensor, k: Tensor, *, scale: float) -> bool:
     )
 
 
+_refused: set[HopperLaunch] = set()  # Gluon is young: what a later triton does not compile is not tried again
+
+
 def launch(
     plan: TilePlan, lists: Lowered, q: Tensor, k: Tensor, v: Tensor, *, scale: float, out: Tensor, lse: Tensor,
     choice: HopperLaunch | None = None,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """As `tile_attention`, for what `takes` it; writes out and lse. K, V and q that TMA cannot read in place are copied.
 
     choice: other sizes than the table's, for measuring them.
+
+    Returns:
+        False, with nothing written, where this triton does not compile the kernel.
     """
     b, hq, n, d = q.shape
     hkv, m = k.shape[1:3]
     group, per_mask = hq // hkv, hq // plan.mask_heads
     choice = choice or HopperLaunch.choose(d, plan.block_q, plan.block_k, pairs=group % 2 == 0 and per_mask % 2 == 0)
+    if choice in _refused:
+        return False
     q, k, v = (x if _is_readable(x) else x.contiguous() for x in (q, k, v))
     rows = min(plan.block_k, choice.step)
     q_desc, k_desc, v_desc = _boxes(q, 64), _boxes(k, rows), _boxes(v, rows)
@@ -139,18 +153,24 @@ def launch(
     constants = choice.constants(
         streams=lists.sink is not None, intervals=lists.intervals is not None, columns=columns is not None, pooled=pooled
     )
-    _kernel()[(min(n_items, _processors(q.device.index) * choice.programs),)](
-        q_desc, k_desc, v_desc, pooled_k_desc, pooled_v_desc, k, v, out, lse,
-        lists.full.offsets, lists.full.ids, lists.partial.offsets, lists.partial.ids,
-        unused if lists.sink is None else lists.sink, unused if lists.recent is None else lists.recent,
-        unused if lists.intervals is None else lists.intervals,
-        lists.full.offsets if columns is None else columns.offsets, unused if columns is None else columns.ids, weights,
-        torch.zeros(1, dtype=torch.int32, device=q.device),
-        *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        n_items, plan.n_q_tiles, _slab(b * hkv, 4 * m * d) * group // choice.pack, n, m, heads, group,
-        per_mask, plan.mask_heads, plan.batch, scale * _LOG2_E,
-        **constants, **choice.options(),
-    )  # fmt: skip
+    try:
+        _kernel()[(min(n_items, _processors(q.device.index) * choice.programs),)](
+            q_desc, k_desc, v_desc, pooled_k_desc, pooled_v_desc, k, v, out, lse,
+            lists.full.offsets, lists.full.ids, lists.partial.offsets, lists.partial.ids,
+            unused if lists.sink is None else lists.sink, unused if lists.recent is None else lists.recent,
+            unused if lists.intervals is None else lists.intervals,
+            lists.full.offsets if columns is None else columns.offsets, unused if columns is None else columns.ids, weights,
+            torch.zeros(1, dtype=torch.int32, device=q.device),
+            *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            n_items, plan.n_q_tiles, _slab(b * hkv, 4 * m * d) * group // choice.pack, n, m, heads, group,
+            per_mask, plan.mask_heads, plan.batch, scale * _LOG2_E,
+            **constants, **choice.options(),
+        )  # fmt: skip
+    except triton.CompilationError as error:
+        _refused.add(choice)
+        _give_up(error)
+        return False
+    return True
 
 
 def _slab(kv_heads: int, bytes_each: int) -> int:

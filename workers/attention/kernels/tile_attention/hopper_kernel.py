@@ -269,8 +269,9 @@ def _read(KIND: gl.constexpr, v_full, notes, biases, it, STAGES: gl.constexpr, S
 
 @gluon.jit
 def _steps(
-    n, weights, acc, top, total, it, q, tiles, barriers, rows, scale, KIND: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    STREAMS: gl.constexpr, INTERVALS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    n, weights, acc, top, total, it, q, tiles, barriers, rows, scale, KIND: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, STREAMS: gl.constexpr, INTERVALS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+    P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """n steps of one kind after step `it`, whose weights are given and have not met their V yet.
 
@@ -366,22 +367,22 @@ def _consume(
         note, bias = _read(MASKED, v_full, notes, biases, it, STAGES, S_LAYOUT)
         weights, _, top, total = _weigh(s, top, total, scale, MASKED, note, bias, rows, STREAMS, INTERVALS)
         weights, acc, top, total, it = _steps(
-            masked_steps - 1, weights, acc, top, total, it, q, ring, signals, rows, scale, MASKED, STEP, STAGES, STREAMS, INTERVALS,
-            S_LAYOUT, O_LAYOUT, P_LAYOUT,
+            masked_steps - 1, weights, acc, top, total, it, q, ring, signals, rows, scale, MASKED, STEP, STAGES,
+            STREAMS, INTERVALS, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
         weights, acc, top, total, it = _steps(
-            full_steps, weights, acc, top, total, it, q, ring, signals, rows, scale, FULL, STEP, STAGES, STREAMS, INTERVALS,
-            S_LAYOUT, O_LAYOUT, P_LAYOUT,
+            full_steps, weights, acc, top, total, it, q, ring, signals, rows, scale, FULL, STEP, STAGES,
+            STREAMS, INTERVALS, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
         if HAS_COLUMNS:
             weights, acc, top, total, it = _steps(
-                column_steps, weights, acc, top, total, it, q, ring, signals, rows, scale, COLUMN, STEP, STAGES, STREAMS, INTERVALS,
-                S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                column_steps, weights, acc, top, total, it, q, ring, signals, rows, scale, COLUMN, STEP, STAGES,
+                STREAMS, INTERVALS, S_LAYOUT, O_LAYOUT, P_LAYOUT,
             )  # fmt: skip
         if HAS_POOLED:
             weights, acc, top, total, it = _steps(
-                pooled_steps, weights, acc, top, total, it, q, ring, signals, rows, scale, POOLED, STEP, STAGES, STREAMS, INTERVALS,
-                S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                pooled_steps, weights, acc, top, total, it, q, ring, signals, rows, scale, POOLED, STEP, STAGES,
+                STREAMS, INTERVALS, S_LAYOUT, O_LAYOUT, P_LAYOUT,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(WHICH), count=1)
         p = gl.convert_layout(weights.to(v_smem.dtype), P_LAYOUT)
@@ -492,8 +493,8 @@ def hopper_kernel(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, board_full, board_empty)
     consumer_tiles = (q_smem, k_smem, v_smem, notes, biases)
     consumer_pointers = (out_ptr, lse_ptr, sink_ptr, recent_ptr, intervals_ptr)
-    consumer_shape = (n_items, n_q_tiles, slab, n_rows, n_keys, heads, heads_per_mask, mask_heads, plan_batch, stride_ob, stride_oh,
-                      stride_on)  # fmt: skip
+    consumer_shape = (n_items, n_q_tiles, slab, n_rows, n_keys, heads, heads_per_mask, mask_heads, plan_batch, stride_ob,
+                      stride_oh, stride_on)  # fmt: skip
     if not HAS_POOLED:
         pooled_k_desc = k_desc  # never used, but a descriptor
         pooled_v_desc = v_desc
@@ -502,8 +503,8 @@ def hopper_kernel(
         (q_view, k_view, v_view, k_rows, v_rows, k_pooled, v_pooled, notes, biases),
         barriers, board,
         (k_ptr, v_ptr, full_offsets, full_ids, partial_offsets, partial_ids, column_offsets, column_ids, pooled_weights, counter),
-        (n_items, n_q_tiles, slab, n_rows, n_keys, heads, heads_per_kv, heads_per_mask, mask_heads, plan_batch, stride_kb, stride_kh,
-         stride_kn, stride_vb, stride_vh, stride_vn),
+        (n_items, n_q_tiles, slab, n_rows, n_keys, heads, heads_per_kv, heads_per_mask, mask_heads, plan_batch, stride_kb,
+         stride_kh, stride_kn, stride_vb, stride_vh, stride_vn),
     )  # fmt: skip
     given = (consumer_tiles, barriers, board, consumer_pointers, consumer_shape)
     # Constants go into the calls themselves: a tuple with a name would make them run-time values.

@@ -231,8 +231,11 @@ def tile_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if lse is None else lse
     lists, columns = lower(plan), plan.token_columns
-    if not interpreted and hopper.takes(plan, q, k, scale=scale):
-        hopper.launch(plan, lists, q, k, v, scale=scale, out=out, lse=lse)
+    if (
+        not interpreted
+        and hopper.takes(plan, q, scale=scale)
+        and hopper.launch(plan, lists, q, k, v, scale=scale, out=out, lse=lse)
+    ):
         return out, lse
     pooled_k, pooled_v, weights = pseudo_keys(plan, k, v) if plan.mean_correction else (k, v, lse)
     unused = lists.full
