@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
 from winnow.registry import Capabilities, Registry, modules_in
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill.scoring import KeyTiles
 
 if TYPE_CHECKING:
     from winnow.workers.model.loader import LoadedModel
@@ -20,6 +23,7 @@ class PrefillMethod(ABC):
 
     name: ClassVar[str] = ""
     caps: ClassVar[Capabilities]
+    _state: ClassVar[KeyTiles | None] = None  # an instance's own after `for_prompt`
 
     def bind(self, model: LoadedModel) -> PrefillMethod:
         """The method ready for `model`; the engine calls it once per request, before any `plan`.
@@ -36,6 +40,24 @@ class PrefillMethod(ABC):
     def calibration_id(self) -> str:
         """Digest of what `bind` loaded, "" for nothing: KV made under another calibration is never reused."""
         return ""
+
+    def for_prompt(self) -> Self:
+        """The method ready for one prompt: a copy with a state, for as long as the prompt's prefill lasts.
+
+        What it plans is the same with and without a state; see `of_key_tiles`. A method that sees a prompt whole needs none.
+        """
+        if not self.caps.chunked:
+            return self
+        own = copy.copy(self)
+        object.__setattr__(own, "_state", KeyTiles())
+        return own
+
+    def of_key_tiles(self, name: Hashable, k: Tensor, tile: int, compute: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """`compute(k, 0)`, of which the state, where there is one, knows the tiles of earlier chunks. For use by `plan`.
+
+        Args: as `KeyTiles.extended`.
+        """
+        return compute(k, 0) if self._state is None else self._state.extended(name, k, tile, compute)
 
     @abstractmethod
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:

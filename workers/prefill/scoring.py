@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,20 +36,21 @@ def quick_logits(q: Tensor, k: Tensor, layer: LayerSpec, factor: float = 1.0) ->
     return torch.tanh(logits / layer.softcap) * layer.softcap if layer.softcap else logits
 
 
-def slabs(heads: int, n: int, m: int, block: int, pair_bytes: float) -> Iterator[tuple[slice, int, int]]:
+def slabs(heads: int, n: int, m: int, block: int, pair_bytes: float, least_rows: int = 2048) -> Iterator[tuple[slice, int, int]]:
     """Cut a map of heads x rows x keys into pieces of at most `SLAB_BYTES`, one query tile of one head at least.
 
     Rows are also cut, in up to eight parts, because each part needs the keys up to its own last row only.
 
     Args:
         heads, n, m: sizes of the map. block: rows of a query tile. pair_bytes: bytes held for one (head, row, key).
+        least_rows: of a part, where they fit: on an accelerator launches cost more than what short parts save.
 
     Yields:
         (heads, first row, row after the last); rows in whole query tiles, but for the end.
     """
     tiles = -(-n // block)
     tile_bytes = max(1.0, pair_bytes * block * m)
-    step = min(max(-(-tiles // 8), 2048 // block, 1), max(1, int(SLAB_BYTES / tile_bytes)))
+    step = min(max(-(-tiles // 8), least_rows // block, 1), max(1, int(SLAB_BYTES / tile_bytes)))
     width = max(1, int(SLAB_BYTES / (tile_bytes * step)))
     for head in range(0, heads, width):
         for first in range(0, n, step * block):
@@ -66,6 +69,10 @@ def recent_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Ten
     Holds at most about `SLAB_BYTES` of probabilities at once.
     """
     batch, hq, b, d = probe.shape
+    fast = score_kernels(probe, layer) if b <= 256 else None
+    if fast is not None:
+        found: tuple[Tensor, Tensor] = fast.probe_mass(probe, k, scale=layer.scale, slab_bytes=SLAB_BYTES)
+        return found
     hkv, m = k.shape[1], k.shape[2]
     group = hq // hkv
     future = torch.ones(b, b, dtype=torch.bool, device=k.device).triu(1)
@@ -83,6 +90,37 @@ def recent_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Ten
         skewed = torch.nn.functional.pad(wide, (0, b)).view(batch, -1, b, m + b + 1)[..., 1 : m + 1]
         slashes.append(skewed.mean(2).flip(-1))
     return torch.cat(verticals, 1), torch.cat(slashes, 1)
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the CPU on `device`. Out of pageable memory it is copied before this returns, and nobody waits."""
+    return x.to(device, non_blocking=True)
+
+
+class KeyTiles:
+    """What a method has computed of whole tiles of keys, kept from one chunk of a prompt to the next. One prompt, one method."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Tensor] = {}
+
+    def extended(self, name: Hashable, k: Tensor, tile: int, compute: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """`compute(k, 0)`, computed only of tiles that are new.
+
+        Args:
+            name: of these keys: the same name stands for the same layer, heads and function, with more keys each time.
+            k: [B, H, M, D]. tile: keys of a tile; the last one may be shorter, and is computed anew each time.
+            compute: (keys from the first one of some tile on, its position) -> [B, H, tiles of them, ...].
+
+        Keeps the result of the whole tiles. A chunk that was not asked for, or KV taken from a cache, is made up for once.
+        """
+        known = self._known.get(name)
+        if known is None or known.shape[1] != k.shape[1]:  # heads cut into other slabs than before
+            found = compute(k, 0)
+        else:
+            first = known.shape[2] * tile
+            found = torch.cat((known, compute(k[:, :, first:], first)), 2) if first < k.shape[2] else known
+        self._known[name] = found[:, :, : k.shape[2] // tile]
+        return found
 
 
 def pool_sum(x: Tensor, size: int) -> Tensor:
@@ -120,6 +158,28 @@ def diagonal_tiles(n: int, m: int, block_q: int, block_k: int, device: torch.dev
     return (tile >= (first // block_k)[:, None]) & (tile <= (last // block_k)[:, None])
 
 
+@functools.cache
+def _kernels() -> tuple[ModuleType, ModuleType] | None:
+    """`kernels.row_choice` and `kernels.tile_scores`, or None where triton is missing."""
+    try:
+        from winnow.workers.attention.kernels import row_choice, tile_scores
+    except ImportError:
+        return None
+    return row_choice, tile_scores
+
+
+def score_kernels(q: Tensor, layer: LayerSpec) -> ModuleType | None:
+    """The module `kernels.tile_scores` where it takes these queries; elsewhere, on every CPU, selectors use plain torch."""
+    found = _kernels() if q.is_cuda else None
+    return found[1] if found is not None and found[1].fits(q, layer.softcap) else None
+
+
+def _choose(scores: Tensor, wanted: Tensor | float, *, share: bool) -> Tensor | None:
+    """`row_choice.choose` where it takes these scores, else None."""
+    found = _kernels() if scores.is_cuda else None
+    return found[0].choose(scores, wanted, share=share) if found is not None and found[0].fits(scores) else None
+
+
 def keep_top(scores: Tensor, count: Tensor | int) -> Tensor:
     """The `count` largest entries of each row.
 
@@ -129,9 +189,12 @@ def keep_top(scores: Tensor, count: Tensor | int) -> Tensor:
     Returns:
         [..., n] bool. Ties go to the lower index.
     """
+    chosen = _choose(scores, count, share=False)
+    if chosen is not None:
+        return chosen
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    count = torch.as_tensor(count, device=scores.device)
-    wanted = (torch.arange(scores.shape[-1], device=scores.device) < count.unsqueeze(-1)).expand_as(scores)
+    count = count.unsqueeze(-1) if isinstance(count, Tensor) else count
+    wanted = (torch.arange(scores.shape[-1], device=scores.device) < count).expand_as(scores)
     return torch.zeros_like(wanted).scatter(-1, order, wanted) & (scores > -torch.inf)
 
 
@@ -144,8 +207,10 @@ def keep_share(shares: Tensor, wanted: Tensor | float) -> Tensor:
     Returns:
         [..., n] bool. Ties go to the lower index.
     """
+    chosen = _choose(shares, wanted, share=True)
+    if chosen is not None:
+        return chosen
     ordered, order = shares.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    wanted = torch.as_tensor(wanted, device=shares.device)
-    taken = (before < wanted.unsqueeze(-1)) & (ordered > 0)
+    taken = (before < (wanted.unsqueeze(-1) if isinstance(wanted, Tensor) else wanted)) & (ordered > 0)
     return torch.zeros_like(taken).scatter(-1, order, taken)

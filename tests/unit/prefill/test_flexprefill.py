@@ -17,6 +17,7 @@ from workloads import Shape, Workload, s1_noise, s2_verticals, s3_slashes, s4_se
 from winnow.errors import InvalidRequest
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods import flexprefill
 from winnow.workers.prefill.methods.flexprefill import FlexPrefill
 
@@ -129,7 +130,7 @@ def test_slabs_of_heads_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> N
     x = s7_mixture(LONG, 6)
     method = FlexPrefill(min_budget=32, block=32)
     whole = plan_of(method, x.q, x.k).tile_mask()
-    monkeypatch.setattr(flexprefill, "_PROBE_BYTES", 1)
+    monkeypatch.setattr(scoring, "SLAB_BYTES", 1)
     assert torch.equal(whole, plan_of(method, x.q, x.k).tile_mask())
 
 
@@ -144,7 +145,7 @@ def test_the_budget_limits_hold() -> None:
 def test_probe_mass_equals_its_definition(shape: Shape) -> None:
     x = s1_noise(shape)
     b = min(32, shape.n)
-    vertical, slash = flexprefill._probe_mass(x.q[:, :, -b:], x.k, LAYER)
+    vertical, slash = scoring.recent_mass(x.q[:, :, -b:], x.k, LAYER)
     expected = probabilities(x.q[:, :, -b:], x.k)
     by_distance = torch.zeros_like(slash)
     for i in range(b):

@@ -12,8 +12,9 @@ from workloads import Shape, Workload, s1_noise, s2_verticals, s4_segments, s5_s
 from winnow.errors import InvalidRequest
 from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods import recall as module
-from winnow.workers.prefill.methods.recall import Recall, sample_rows, tile_mass
+from winnow.workers.prefill.methods.recall import Recall, tile_mass
 from winnow.workers.prefill.methods.xattention import XAttention
+from winnow.workers.prefill.quality import sample_rows
 
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 
@@ -75,7 +76,10 @@ def test_a_sample_has_one_row_of_each_part(n: int) -> None:
     assert bool(((rows >= part * n // count) & (rows * count < (part + 1) * n)).all())  # a row may lie in two parts
 
 
-@pytest.mark.parametrize("wrong", [{"recall": 0.0}, {"recall": float("nan")}, {"rows": 4}, {"confidence": -1.0}, {"stride": 7}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"recall": 0.0}, {"recall": 1.01}, {"recall": float("nan")}, {"rows": 4}, {"confidence": -1.0}, {"stride": 7}],
+)
 def test_parameters_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
         Recall(**wrong)  # type: ignore[arg-type]

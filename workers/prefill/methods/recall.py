@@ -13,7 +13,8 @@ from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.methods.xattention import XAttention
-from winnow.workers.prefill.scoring import SLAB_BYTES, diagonal_tiles, keep_share, logits_of, pool_sum
+from winnow.workers.prefill.quality import sample_rows
+from winnow.workers.prefill.scoring import SLAB_BYTES, diagonal_tiles, keep_share, logits_of, on_device, pool_sum, score_kernels
 
 # Shares of a scorer's own mass that are tried, from its forced tiles alone to everything: finer where little is left out.
 _TRIED = (0.0, *(1.0 - 2.0 ** (-step / 4) for step in range(1, 45)), 1.0)
@@ -38,10 +39,12 @@ class Recall(PrefillMethod):
     to two tiles, are left dense.
 
     Attributes:
-        recall: share of each head's attention mass to keep, mean over its rows, above 0; 1 or more keeps everything.
+        recall: share of each head's attention mass to keep, mean over its rows, in (0, 1]; 1 keeps everything.
         rows: rows sampled, 8 or more; their exact attention is what control costs.
         confidence: z, standard errors that the estimate must lie above `recall`; 0 or more.
         stride, block: of the scorer.
+        every: the scorer looks at one in so many cells of `stride` rows, a power of two; at one a tile at least. A small stride
+            tells keys apart, and a tile's rows mostly agree: both together find more for less than a large stride and all rows.
         seed: of the sample.
     """
 
@@ -55,18 +58,21 @@ class Recall(PrefillMethod):
     recall: float = 0.98
     rows: int = 64
     confidence: float = 1.0
-    stride: int = 16
+    stride: int = 4
     block: int = 128
+    every: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.recall < float("inf"):
-            raise InvalidRequest(f"recall: recall must be above 0, got {self.recall}; 0.98 is the default")
+        if not 0.0 < self.recall <= 1.0:
+            raise InvalidRequest(f"recall: recall must be in (0, 1], got {self.recall}; 0.98 is the default, 1 keeps everything")
         if self.rows < 8:
             raise InvalidRequest(f"recall: rows must be 8 or more, got {self.rows}; fewer say nothing about a head")
         if not 0.0 <= self.confidence < float("inf"):
             raise InvalidRequest(f"recall: confidence must be 0 or more standard errors, got {self.confidence}")
         self._scorer  # noqa: B018 - refuses stride and block that do not fit
+        if self.every < 1 or self.every & (self.every - 1):
+            raise InvalidRequest(f"recall: every must be a power of two, got {self.every}; 1 looks at all rows")
 
     @property
     def _scorer(self) -> XAttention:
@@ -80,7 +86,7 @@ class Recall(PrefillMethod):
         n, m, b = q.shape[2], k.shape[2], self.block
         if self.recall >= 1.0 or m <= 2 * b or 0 < layer.window < m:
             return None
-        shares = self._scorer.tile_shares(q, k, layer)  # [B, Hq, nQ, nK]
+        shares = self._scorer.tile_shares(q, k, layer, min(self.every, b // self.stride))  # [B, Hq, nQ, nK]
         shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
         forced = diagonal_tiles(n, m, b, b, q.device)
         forced[:, 0] = True
@@ -101,7 +107,7 @@ class Recall(PrefillMethod):
         ordered = shares.gather(-1, order)
         before = ordered.cumsum(-1) - ordered
         held = mass.gather(-1, order).cumsum(-1)
-        tried = torch.tensor(_TRIED, device=shares.device)
+        tried = on_device(torch.tensor(_TRIED), shares.device)
         count = torch.searchsorted(before.contiguous(), tried.expand(*before.shape[:-1], -1).contiguous())
         count = torch.maximum(count, forced.sum(-1)[:, None])
         recalls = held.gather(-1, count.clamp(min=1) - 1)  # [B, Hq, rows, tried]
@@ -109,13 +115,6 @@ class Recall(PrefillMethod):
         enough = recalls.mean(2) - self.confidence * error >= self.recall
         enough[..., -1] = True
         return tried[enough.int().argmax(-1)]
-
-
-def sample_rows(n: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """Rows of a stratified sample, int64, ascending: one drawn evenly from each of min(count, n) equal parts of 0..n-1."""
-    count = min(count, n)
-    drawn = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ((torch.arange(count) + drawn) * n / count).long().clamp(max=n - 1).to(device)
 
 
 def tile_mass(q: Tensor, k: Tensor, layer: LayerSpec, rows: Tensor, block: int) -> Tensor:
@@ -130,6 +129,10 @@ def tile_mass(q: Tensor, k: Tensor, layer: LayerSpec, rows: Tensor, block: int) 
     batch, hq, n, d = q.shape
     hkv, m = k.shape[1], k.shape[2]
     group = hq // hkv
+    fast = score_kernels(q, layer)
+    if fast is not None:
+        lse, _ = fast.tile_lse(q[:, :, rows], k, rows + (m - n + 1), scale=layer.scale, block=block)
+        return torch.softmax(lse, -1)
     future = torch.arange(m, device=k.device) > (rows + (m - n))[:, None]
     width = max(1, int(SLAB_BYTES / (12 * batch * group * rows.numel() * m)))
     found = []

@@ -16,7 +16,7 @@ from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import HeadClass, TilePlan
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import forbidden_tiles, logits_of, slabs
+from winnow.workers.prefill.scoring import forbidden_tiles, logits_of, on_device, slabs
 
 if TYPE_CHECKING:
     from winnow.workers.attention.backend import RawQK
@@ -132,7 +132,7 @@ class SALE(PrefillMethod):
         tau = self._thresholds(layer, q.shape[1])
         if bool((tau < DENSE_TAU).all()):
             return None
-        limit = tau.clamp(min=DENSE_TAU).log().to(q.device)
+        limit = on_device(tau.clamp(min=DENSE_TAU).log(), q.device)
         mask = self.forced_tiles(n, m, q.device).repeat(q.shape[0], q.shape[1], 1, 1)
         for heads, tile, scores in self._slabs(q, k, layer):
             part = mask[:, heads, tile : tile + scores.shape[2], : scores.shape[3]]

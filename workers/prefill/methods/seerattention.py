@@ -188,7 +188,9 @@ class SeerAttention(PrefillMethod):
         assert self.gates is not None
         gates, idx = self.gates, layer.idx
         pooled_q = pool_mean(gates.pre_rope.undo(q, idx, m - n), BLOCK)
-        pooled_k = pool_keys(gates.pre_rope.undo(k, idx, 0), BLOCK)
+        pooled_k = self.of_key_tiles(
+            (idx, heads.start), k, BLOCK, lambda keys, at: pool_keys(gates.pre_rope.undo(keys, idx, at), BLOCK)
+        )
         return gate_logits(
             pooled_q, pooled_k, gates.q[idx, rows], gates.k[idx, heads], gates.frequencies[idx], first_position=m - n
         )

@@ -12,7 +12,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import diagonal_tiles, keep_share, quick_logits, slabs
+from winnow.workers.prefill.scoring import diagonal_tiles, keep_share, quick_logits, score_kernels, slabs
 
 
 @prefill_methods.register("xattention")
@@ -82,8 +82,12 @@ class XAttention(PrefillMethod):
         mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced
         return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
 
-    def tile_shares(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
-        """[B, Hq, nQ, nK] float32: mass of each tile, summed over the cells of its rows."""
+    def tile_shares(self, q: Tensor, k: Tensor, layer: LayerSpec, every: int = 1) -> Tensor:
+        """[B, Hq, nQ, nK] float32: mass of each tile, summed over the cells of its rows.
+
+        Args:
+            every: look at one in so many cells of rows, the first of each tile among them; divides block / stride.
+        """
         b, size = self.block, self.stride
         batch, hq, n, d = q.shape
         hkv, m = k.shape[1], k.shape[2]
@@ -91,22 +95,31 @@ class XAttention(PrefillMethod):
         padded = torch.nn.functional.pad(k, (0, 0, 0, -m % b)).unflatten(2, (-1, size))
         cells_k = padded.flip(3).flatten(3)  # [B, Hkv, nK per_tile, S D]; reversed here, where there are fewer heads
         shares = torch.zeros(batch, hq, -(-n // b), -(-m // b), device=q.device)
-        for heads, first, end in slabs(hkv, n, m, b, 8.0 * batch * group / size**2):
-            height, width = -(-(end - first) // b) * b, -(-(end + past) // b) * per_tile
+        fast = score_kernels(q, layer)
+        cell_bytes = (8.0 if fast is None else 2.0 + 4 / per_tile) / (size**2 * every)
+        for heads, first, end in slabs(hkv, n, m, b, cell_bytes * batch * group, 2048 if fast is None else 8192):
+            width = -(-(end + past) // b) * per_tile
             own_heads = slice(heads.start * group, heads.stop * group)
-            rows = q.new_zeros(batch, own_heads.stop - own_heads.start, height, d)
-            rows[:, :, : end - first] = q[:, own_heads, first:end]
-            if end % size:  # the last cell has fewer rows to average over
-                rows[:, :, end // size * size - first :] *= size / (end % size)
-            cells_q = rows.view(batch, -1, group * height // size, size * d)
-            logits = quick_logits(cells_q, cells_k[:, heads, :width], layer, 1 / size)
-            logits = logits.view(batch, -1, height // size, width)
+            rows = q[:, own_heads, first:end]
+            if (end - first) % b:
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, -(end - first) % b))
+                if end % size:  # the last cell has fewer rows to average over
+                    rows[:, :, end // size * size - first :] *= size / (end % size)
+            cells_q = rows.unflatten(2, (-1, every, size))[:, :, :, 0]  # [B, heads, cells, S, D]
+            n_cells = cells_q.shape[2]
+            cells_q = cells_q.contiguous().view(batch, -1, group * n_cells, size * d)
+            logits = quick_logits(cells_q, cells_k[:, heads, :width], layer, 1 / size).view(batch, -1, n_cells, width)
             # keys of cells that end at or before a cell's last row: all but those of a band on the right
-            last = torch.clamp(torch.arange(first + size, first + height + 1, size, device=q.device), max=n) + past
+            start = torch.arange(first, first + n_cells * every * size, every * size, device=q.device)
+            seen = (torch.clamp(start + size, max=n) + past) // size
+            place = (slice(None), own_heads, slice(first // b, -(-end // b)), slice(width // per_tile))
+            if fast is not None:
+                lse = fast.cell_lse(logits, torch.where(start < end, seen, 0), per_tile)
+                shares[place] = fast.sum_shares(lse, per_tile // every)
+                continue
             band = (min(first + size, n) + past) // size
-            logits[..., band:].masked_fill_(torch.arange(band, width, device=q.device) >= (last // size)[:, None], -torch.inf)
+            logits[..., band:].masked_fill_(torch.arange(band, width, device=q.device) >= seen[:, None], -torch.inf)
             weights = torch.softmax(logits, -1, dtype=torch.float32)
-            weights[..., -(-(end - first) // size) :, :] = 0.0  # cells beyond the last row
-            tiles = weights.view(batch, -1, height // b, per_tile, width // per_tile, per_tile).sum((3, 5))
-            shares[:, own_heads, first // b : -(-end // b), : width // per_tile] = tiles
+            weights.masked_fill_((start >= end)[:, None], 0.0)  # cells beyond the last row
+            shares[place] = weights.unflatten(2, (-1, per_tile // every)).unflatten(4, (-1, per_tile)).sum((3, 5))
         return shares
