@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from winnow.client import Client
 from winnow.types import Message, Sampling, Usage
 
-PATHS = {"dense": ("dense", "dense"), "sparse": ("flexprefill", "retrieval-attention")}
+PATHS = {"dense": ("dense", "dense"), "sparse": ("recall", "retrieval-attention")}
 
 
 @dataclass(frozen=True)

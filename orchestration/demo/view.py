@@ -147,6 +147,7 @@ def answers(console: Console, title: str, pair: Sequence[Answer]) -> None:
         ("prompt tokens", lambda a: str(a.usage.prompt_tokens)),
         ("  taken from the prefix cache", lambda a: str(a.usage.cached_tokens)),
         ("prefill density", lambda a: f"{a.usage.prefill_density:.3f}"),
+        ("  share of attention mass on what it read", lambda a: _share(a.usage.prefill_recall)),
         ("share of keys read per token", lambda a: f"{a.usage.keys_read_share:.1%}"),
     ]
     if any(answer.right is not None for answer in pair):
@@ -157,3 +158,7 @@ def answers(console: Console, title: str, pair: Sequence[Answer]) -> None:
         shown.add_row(name, *(cell(answer) for answer in pair))
     console.print(f"\n[bold]{escape(title)}[/]")
     console.print(shown)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

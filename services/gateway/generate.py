@@ -88,7 +88,10 @@ class Generator:
         affinity = f"{job.tenant}/{job.prefill.choice.spec}/{job.token_ids[:AFFINITY_TOKENS]}"
         lease, result = await self._hops.prefill(request, progress, affinity=affinity, prefer=job.prefer)
         async with self._hops.leased(lease):
-            usage = replace(usage, cached_tokens=result.cached_tokens, prefill_density=result.density or 1.0)
+            usage = replace(
+                usage, cached_tokens=result.cached_tokens, prefill_density=result.density or 1.0,
+                prefill_recall=result.recall if result.HasField("recall") else None, prefill_dense_share=result.dense_share,
+            )  # fmt: skip
             usage = note_fallback(usage, "prefill", result.fallback_used, job.strict)
             await self._decode(job, lease, usage, events, entered)
 

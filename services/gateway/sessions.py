@@ -27,15 +27,18 @@ log = telemetry.get_logger("sessions")
 
 
 class Session:
-    """One open text. `lease` holds its KV on a worker."""
+    """One open text. `lease` holds its KV on a worker; `recall` is that of reading it, None = not measured."""
 
-    def __init__(self, tenant: str, context: ContextPrompt, prefill: Chosen, idle_timeout_s: float, lease: Lease) -> None:
+    def __init__(
+        self, tenant: str, context: ContextPrompt, prefill: Chosen, idle_timeout_s: float, lease: Lease, recall: float | None
+    ) -> None:  # fmt: skip
         self.session_id = secrets.token_urlsafe(18)
         self.tenant = tenant
         self.context = context
         self.prefill = prefill
         self.idle_timeout_s = idle_timeout_s
         self.lease = lease
+        self.recall = recall
         self.busy = 0
         self.last_used = time.monotonic()
         self.task: asyncio.Task[None] | None = None
@@ -57,6 +60,7 @@ class Session:
             tokens=len(self.context.token_ids),
             prefill=self.prefill.choice.spec,
             idle_left_s=self.idle_left_s,
+            recall=self.recall,
         )
 
 
@@ -92,8 +96,9 @@ class Sessions:
             context_tokens=len(ids),
             tenant=tenant,
         )
-        lease, _ = await self._hops.prefill(request, progress)
-        session = Session(tenant, context, prefill, idle_timeout_s, lease)
+        lease, result = await self._hops.prefill(request, progress)
+        recall = result.recall if result.HasField("recall") else None
+        session = Session(tenant, context, prefill, idle_timeout_s, lease, recall)
         session.task = asyncio.create_task(self._keep(session))
         self._open[session.session_id] = session
         handed_over = False

@@ -52,6 +52,8 @@ class PrefillServicer(internal_pb2_grpc.PrefillServicer):
                     async for batch in bridge.batches():
                         for event in batch:
                             handed_over = isinstance(event, PrefillResult)  # before the write: a reader may have it, then leave
+                            if isinstance(event, PrefillResult):
+                                _count(choice.name, event)
                             await context.write(_prefill_event(event))
         finally:
             if isinstance(bridge.last, PrefillResult) and not handed_over:
@@ -94,6 +96,14 @@ def check_tokens(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
         raise InvalidRequest(f"{field}: every id must be in [0, {vocab_size})")
 
 
+def _count(method: str, result: PrefillResult) -> None:
+    if result.recall is not None:
+        telemetry.PREFILL_RECALL.labels(method=method).observe(result.recall)
+    for reason, passes in result.passes.items():
+        if passes:
+            telemetry.PREFILL_PASSES.labels(method=method, reason=reason).inc(passes)
+
+
 def _is_last(event: Event) -> bool:
     return not isinstance(event, Progress)
 
@@ -111,7 +121,8 @@ def _prefill_event(event: Event) -> internal_pb2.PrefillEvent:
     return internal_pb2.PrefillEvent(
         result=internal_pb2.PrefillResult(
             segment=handle_to_proto(event.segment), cached_tokens=event.cached_tokens, density=event.density,
-            queue_s=event.queue_s, work_s=event.work_s, fallback_used=event.fallback_used,
+            queue_s=event.queue_s, work_s=event.work_s, fallback_used=event.fallback_used, recall=event.recall,
+            dense_share=event.dense_share,
         )
     )  # fmt: skip
 

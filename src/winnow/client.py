@@ -21,6 +21,7 @@ from winnow.client_calls import (
     rank_request,
     tls_credentials,
     typed_errors,
+    with_recall,
 )
 from winnow.proto.v1 import winnow_pb2, winnow_pb2_grpc
 from winnow.types import Chunk, Document, Generation, Message, Ranking, Sampling
@@ -94,6 +95,7 @@ class Client:
         seed: int | None = None,
         stop: Sequence[str] | str | None = None,
         prefill: Method = None,
+        recall: float | None = None,
         decode: Method = None,
         reducer: Method = None,
         strict: bool = False,
@@ -110,6 +112,8 @@ class Client:
                 `session` (from `open_session`) with a `question`.
             sampling: how tokens are chosen; max_tokens, temperature, seed and stop override its fields.
             prefill, decode, reducer: methods, `name` or `name:key=value,...`; None = the server's default.
+            recall: share of attention mass that the prefill shall keep, in (0, 1]: short for the prefill method
+                `recall:recall=...`, which finds out how much each head must read for it. What was achieved is in the usage.
             strict: fail instead of falling back to exact attention.
             answer_prefix: text the answer begins with (with messages or question).
             no_cache: neither read nor write the prefix cache.
@@ -121,7 +125,7 @@ class Client:
         """
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         request = generate_request(
-            prompt, messages, question, session, sampling, overrides, prefill, decode, reducer,
+            prompt, messages, question, session, sampling, overrides, with_recall(prefill, recall, session), decode, reducer,
             strict=strict, answer_prefix=answer_prefix, no_cache=no_cache, model=model, request_id=request_id,
         )  # fmt: skip
         return (chunk_from_event(event) for event in self._stream(self._stub.Generate, request, deadline_s))
@@ -169,6 +173,7 @@ class Client:
         text: str,
         *,
         prefill: Method = None,
+        recall: float | None = None,
         idle_timeout_s: float = 0.0,
         model: str = "",
         deadline_s: float | None = None,
@@ -177,6 +182,7 @@ class Client:
         """Read a long text once, so that several questions can be asked about it.
 
         Args:
+            prefill, recall: as in `generate`; questions about the session take them over.
             idle_timeout_s: seconds without use after which it is closed; 0 = the server's default.
             on_progress: called with (tokens done, tokens).
 
@@ -184,7 +190,7 @@ class Client:
             The session; its `session_id` goes into `ask` and `close_session`.
         """
         request = winnow_pb2.OpenSessionRequest(
-            model=model, text=text, prefill=method_to_proto(prefill), idle_timeout_s=idle_timeout_s
+            model=model, text=text, prefill=method_to_proto(with_recall(prefill, recall)), idle_timeout_s=idle_timeout_s
         )
         session: winnow_pb2.Session | None = None
         for event in self._stream(self._stub.OpenSession, request, deadline_s):

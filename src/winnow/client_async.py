@@ -23,6 +23,7 @@ from winnow.client_calls import (
     rank_request,
     tls_credentials,
     typed_errors,
+    with_recall,
 )
 from winnow.proto.v1 import winnow_pb2, winnow_pb2_grpc
 from winnow.types import Chunk, Document, Generation, Message, Ranking, Sampling
@@ -84,6 +85,7 @@ class AsyncClient:
         seed: int | None = None,
         stop: Sequence[str] | str | None = None,
         prefill: Method = None,
+        recall: float | None = None,
         decode: Method = None,
         reducer: Method = None,
         strict: bool = False,
@@ -96,7 +98,7 @@ class AsyncClient:
         """Generate text, piece by piece; see `Client.generate`. Closing the iterator cancels the request."""
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         request = generate_request(
-            prompt, messages, question, session, sampling, overrides, prefill, decode, reducer,
+            prompt, messages, question, session, sampling, overrides, with_recall(prefill, recall, session), decode, reducer,
             strict=strict, answer_prefix=answer_prefix, no_cache=no_cache, model=model, request_id=request_id,
         )  # fmt: skip
         async for event in self._stream(self._stub.Generate, request, deadline_s):
@@ -138,6 +140,7 @@ class AsyncClient:
         text: str,
         *,
         prefill: Method = None,
+        recall: float | None = None,
         idle_timeout_s: float = 0.0,
         model: str = "",
         deadline_s: float | None = None,
@@ -145,7 +148,7 @@ class AsyncClient:
     ) -> winnow_pb2.Session:
         """Read a long text once; see `Client.open_session`."""
         request = winnow_pb2.OpenSessionRequest(
-            model=model, text=text, prefill=method_to_proto(prefill), idle_timeout_s=idle_timeout_s
+            model=model, text=text, prefill=method_to_proto(with_recall(prefill, recall)), idle_timeout_s=idle_timeout_s
         )
         session: winnow_pb2.Session | None = None
         async for event in self._stream(self._stub.OpenSession, request, deadline_s):

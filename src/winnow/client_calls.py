@@ -17,6 +17,7 @@ import tenacity
 from winnow.config import home
 from winnow.errors import ConfigError, InvalidRequest, WinnowError, WorkerLost
 from winnow.proto.v1 import winnow_pb2
+from winnow.registry import parse_spec
 from winnow.telemetry import hop_metadata
 from winnow.types import Chunk, Document, Generation, Message, MethodChoice, Sampling, Usage
 from winnow.wire import documents_to_proto, error_from_status, messages_to_proto, method_to_proto, sampling_to_proto
@@ -96,6 +97,34 @@ def error_of(error: Any, address: str) -> WinnowError:
     if type(found) is WorkerLost and "winnow-error" not in trailing:
         return WorkerLost(f"no answer from {address}: nothing listens there, it went away, or TLS or its certificates do not fit")
     return found
+
+
+def with_recall(prefill: Method, recall: float | None, session_id: str = "", *, label: str = "recall") -> Method:
+    """The prefill method of a call that may name a recall instead: `recall`, or `recall:...` with other parameters.
+
+    Args:
+        label: what the caller calls it; errors begin with it.
+
+    Raises:
+        InvalidRequest: not a number in (0, 1], beside another method, or for a session, whose text was read already.
+    """
+    if recall is None:
+        return prefill
+    if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0.0 < recall <= 1.0:
+        raise InvalidRequest(
+            f"{label}: must be a number in (0, 1], got {recall!r:.40}; 1 keeps all attention mass, 0.98 is a good start"
+        )
+    if session_id:
+        raise InvalidRequest(f"{label}: the session's text was read when it was opened; give it there, and leave it out here")
+    choice = MethodChoice(*parse_spec(prefill)) if isinstance(prefill, str) else prefill
+    if choice is not None and choice.name not in ("", "recall"):
+        raise InvalidRequest(
+            f"{label}: sets the target of the prefill method recall, but prefill names {choice.name!r:.40}; leave one of them out"
+        )
+    params = {} if choice is None else choice.params
+    if "recall" in params:
+        raise InvalidRequest(f"{label}: given twice, here and as prefill's parameter recall; leave one of them out")
+    return MethodChoice("recall", {**params, "recall": repr(float(recall))})
 
 
 def generate_request(

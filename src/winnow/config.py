@@ -71,6 +71,12 @@ class PrefillConfig(_Part):
     method: str = Field("dense", description="Default method, name or name:key=value,...")
     chunk_tokens: int = Field(2048, ge=0, description="Tokens of a chunk; 0 = the whole prompt at once")
     max_waiting: int = Field(64, ge=1, description="Jobs queued in one worker")
+    break_even: bool = Field(
+        True, description="Run a layer dense where its method is predicted to take longer; false = always the method"
+    )
+    recall_rows: int = Field(
+        8, ge=0, le=4096, description="Most rows of a layer and pass on which a sparse prefill's recall is measured; 0 = not"
+    )
 
 
 class DecodeConfig(_Part):

@@ -161,6 +161,17 @@ QUEUED = Gauge("winnow_gateway_queued_requests", "Admitted requests waiting")
 TTFT = Histogram(
     "winnow_gateway_ttft_seconds", "Admission to first token", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 )
+PREFILL_RECALL = Histogram(
+    "winnow_prefill_recall",
+    "Attention mass that a sparse prefill kept, 0 to 1, estimated on sampled rows; a prompt is one observation",
+    ["method"],
+    buckets=(0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0),
+)
+PREFILL_PASSES = Counter(  # reason: pays, trial, unmeasured (sparse); too_short, no_gain, too_dense, method (dense)
+    "winnow_prefill_passes_total",
+    "Passes of sparse prefills through a layer, by the reason for running them so",
+    ["method", "reason"],
+)
 TOKENS = Counter("winnow_gateway_tokens_total", "Tokens", ["kind"])  # kind: prompt, cached, completion
 FALLBACKS = Counter("winnow_gateway_fallbacks_total", "Exact path in place of a method", ["slot"])
 REJECTS = Counter("winnow_gateway_rejects_total", "Requests refused before work", ["code"])

@@ -116,6 +116,12 @@ class Usage:
         prefill_density: kept (query, key) pairs / causal pairs over all layers and heads; 1.0 = dense.
         keys_read_share: mean over decode steps, layers and heads of keys read / keys cached; 1.0 = dense.
         fallback_used: the method that stepped in, e.g. "decode: dense (retrieval lost)"; "" = none.
+        prefill_recall: share of the attention mass on the keys that a sparse prefill read, 0 to 1: mean over layers, query
+            heads and computed rows, where what ran dense counts as 1. An unbiased estimate from sampled rows of every layer,
+            against exact attention over the inputs that the layer really saw. None = not measured: a dense or wholly cached
+            prefill, a method that estimates what it does not read, or a server that does not measure.
+        prefill_dense_share: share of a sparse method's passes through a layer that ran dense because sparse was predicted not
+            to pay, 0 to 1.
     """
 
     prompt_tokens: int = 0
@@ -127,6 +133,8 @@ class Usage:
     prefill_density: float = 1.0
     keys_read_share: float = 1.0
     fallback_used: str = ""
+    prefill_recall: float | None = None
+    prefill_dense_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ def ranking_from_proto(message: common_pb2.Ranking) -> Ranking:
 
 
 def usage_from_proto(message: common_pb2.Usage) -> Usage:
-    return Usage(**{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields})
+    unset = {field.name for field in message.DESCRIPTOR.fields if field.has_presence and not message.HasField(field.name)}
+    return Usage(**{f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields if f.name not in unset})
 
 
 def usage_to_proto(usage: Usage) -> common_pb2.Usage:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from winnow.client_async import AsyncClient
-from winnow.config import AuthConfig, GatewayConfig, KVConfig, ModelConfig, WinnowConfig
+from winnow.config import AuthConfig, GatewayConfig, KVConfig, ModelConfig, PrefillConfig, WinnowConfig
 from winnow.errors import WinnowError
 from winnow.index.layout import SegmentLayout
 from winnow.proto.v1 import common_pb2, internal_pb2
@@ -45,6 +45,7 @@ def config(tiny_folder: Path) -> WinnowConfig:
         model=ModelConfig(source=str(tiny_folder), name="tiny", dtype="fp32", device="cpu"),
         gateway=GatewayConfig(port=0, max_inflight=2, max_queue=1, default_deadline_s=20.0, max_message_bytes=8 << 20),
         auth=AuthConfig(secret=SECRET),
+        prefill=PrefillConfig(break_even=False),  # prompts here are too short to gain by a sparse method
         kv=KVConfig(lease_s=1.5),
     )
 
@@ -66,6 +67,7 @@ class StandIn:
         self.text = "hello world"
         self.finish = "eos"
         self.fallback = ""
+        self.prefill: dict[str, Any] = {}  # more fields of the prefill's result
         self.hold = ""
         self.go = asyncio.Event()
         self.fail: dict[str, WinnowError | BaseException] = {}
@@ -117,7 +119,7 @@ class StandIn:
             segment_id="s1", owner=self.info.worker_id, owner_epoch=1, host_id="host", location="s1", n_tokens=total - 1,
             capacity=total + request.tail_tokens, fencing=1,
         )  # fmt: skip
-        yield internal_pb2.PrefillEvent(result=internal_pb2.PrefillResult(segment=handle, density=1.0))
+        yield internal_pb2.PrefillEvent(result=internal_pb2.PrefillResult(segment=handle, density=1.0, **self.prefill))
 
     async def Rank(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._stage("rank", request)

@@ -136,6 +136,48 @@ async def test_values_a_message_cannot_carry_are_invalid_before_anything_is_sent
     assert stand_in.asked == []
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"recall": 0.0}, r"^recall: must be a number in \(0, 1\], got 0.0; 1 keeps"),
+        ({"recall": 1.0001}, r"got 1\.0001"),
+        ({"recall": -0.5}, r"got -0\.5"),
+        ({"recall": float("nan")}, "got nan"),
+        ({"recall": "high"}, "got 'high'"),
+        ({"recall": True}, "got True"),
+        ({"recall": 0.9, "prefill": "flexprefill"}, "prefill names 'flexprefill'; leave one of them out"),
+        ({"recall": 0.9, "prefill": "recall:recall=0.8"}, "given twice"),
+        ({"recall": 0.9, "session": "s", "question": "?"}, "the session's text was read when it was opened"),
+    ],
+)
+async def test_a_recall_that_cannot_be_is_refused_before_anything_is_sent(
+    options: dict[str, Any], text: str, start, stand_in
+) -> None:
+    _, client = await start(stand_in)
+    prompt = () if "session" in options else ("x",)
+    with pytest.raises(errors.InvalidRequest, match=text):
+        await client.complete(*prompt, **options)
+
+    def synchronous() -> None:
+        with Client(client.address, mint(SECRET)) as own, pytest.raises(errors.InvalidRequest, match=text):
+            own.complete(*prompt, **options)
+
+    await asyncio.to_thread(synchronous)
+    assert stand_in.asked == []
+
+
+async def test_recall_travels_as_the_recall_methods_parameter_and_comes_back_in_the_usage(start, stand_in) -> None:
+    _, client = await start(stand_in)
+    stand_in.prefill = {"recall": 0.0, "dense_share": 0.25}
+    usage = (await client.complete("x", recall=0.95)).usage
+    assert (usage.prefill_recall, usage.prefill_dense_share) == (0.0, 0.25), "0 is a measured value"
+    stand_in.prefill = {}
+    usage = (await client.complete("x", prefill="recall:rows=32", recall=1)).usage
+    assert (usage.prefill_recall, usage.prefill_dense_share) == (None, 0.0)
+    asked = [(r.method.name, dict(r.method.params)) for r in stand_in.requests("prefill")]
+    assert asked == [("recall", {"recall": "0.95"}), ("recall", {"recall": "1.0", "rows": "32"})]
+
+
 def test_the_clients_are_imported_only_when_used() -> None:
     assert {"Client", "AsyncClient"} <= set(winnow.__all__)
     with pytest.raises(AttributeError):

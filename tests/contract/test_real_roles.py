@@ -8,13 +8,17 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from prometheus_client import REGISTRY
 
 from winnow import errors
+from winnow.client import Client
 from winnow.client_async import AsyncClient
 from winnow.config import KVConfig, WinnowConfig
+from winnow.registry import parse_spec
 from winnow.services.common.auth import mint
 from winnow.services.gateway.server import Gateway
 from winnow.services.roles import ROLES, RoleProcess
+from winnow.workers.prefill.base import prefill_methods
 
 SECRET = "a-signing-secret-for-tests-only-0123456789"
 TEXT = "In the year of the long text, nothing much was said about anything at all. " * 8
@@ -115,6 +119,95 @@ async def test_an_answer_that_fills_the_context_to_the_last_token_works_and_one_
     assert (result.finish_reason, result.usage.completion_tokens) == ("length", left)
     with pytest.raises(errors.ContextTooLong, match=str(spec.max_context)):
         await client.complete(prompt, max_tokens=left + 1)
+
+
+SPARSE = "flexprefill:block=32,min_budget=64,gamma=0.5"
+
+
+@pytest.mark.timeout(60)
+async def test_a_sparse_prefill_says_how_much_attention_mass_it_kept(pipeline: Any) -> None:
+    process, gateway, client = pipeline
+    before = REGISTRY.get_sample_value("winnow_prefill_recall_count", {"method": "flexprefill"}) or 0
+    sparse = await client.complete(TEXT, max_tokens=1, prefill=SPARSE, no_cache=True)
+    assert sparse.usage.prefill_density < 1
+    assert sparse.usage.prefill_recall is not None and 0.2 < sparse.usage.prefill_recall < 0.9
+    assert REGISTRY.get_sample_value("winnow_prefill_recall_count", {"method": "flexprefill"}) == before + 1
+    dense = await client.complete(TEXT, max_tokens=1, no_cache=True)
+    assert dense.usage.prefill_recall is None, "not measured is not 0 and not 1"
+    assert REGISTRY.get_sample_value("winnow_prefill_recall_count", {"method": "dense"}) is None
+
+    def synchronous() -> Any:
+        with Client(client.address, mint(SECRET)) as own:
+            return own.complete(TEXT, max_tokens=1, prefill=SPARSE, no_cache=True)
+
+    assert (await asyncio.to_thread(synchronous)).usage.prefill_recall == sparse.usage.prefill_recall, "the same rows each time"
+    session = await client.open_session(TEXT, prefill=SPARSE)
+    assert session.HasField("recall") and 0.2 < session.recall < 0.9
+    await client.close_session(session.session_id)
+    await empty(process, gateway)
+
+
+@pytest.mark.timeout(60)
+async def test_recall_as_the_knob_is_reached_and_reported(pipeline: Any) -> None:
+    process, gateway, client = pipeline
+    found = {r: (await client.complete(TEXT, max_tokens=1, recall=r, prefill="recall:block=32,stride=8", no_cache=True)).usage
+             for r in (0.7, 0.9, 1.0)}  # fmt: skip
+    for wanted, usage in found.items():
+        assert usage.prefill_recall is not None and usage.prefill_recall >= wanted - 0.1  # of four rows
+    assert found[0.7].prefill_density < found[0.9].prefill_density < found[1.0].prefill_density == 1.0
+    session = await client.open_session(TEXT, recall=0.9)
+    assert session.prefill == "recall:recall=0.9"
+    await client.close_session(session.session_id)
+    with pytest.raises(errors.InvalidRequest, match=r"recall must be in \(0, 1\]"):
+        await client.complete(TEXT, max_tokens=1, prefill="recall:recall=1.5")  # past the client's own check
+    await empty(process, gateway)
+
+
+@pytest.mark.timeout(60)
+async def test_a_method_that_would_not_pay_runs_dense_and_is_counted(config: WinnowConfig, pipeline: Any) -> None:
+    """The default, which the other tests here switch off."""
+    process, gateway, client = pipeline
+    process._parts.prefill.config = config.prefill.model_copy(update={"break_even": True})
+    labels = {"method": "flexprefill", "reason": "too_short"}
+    before = REGISTRY.get_sample_value("winnow_prefill_passes_total", labels) or 0
+    usage = (await client.complete(TEXT, max_tokens=1, prefill=SPARSE, no_cache=True)).usage
+    assert (usage.prefill_density, usage.prefill_recall, usage.prefill_dense_share) == (1.0, 1.0, 1.0)
+    assert REGISTRY.get_sample_value("winnow_prefill_passes_total", labels) == before + 2, "two layers, one pass"
+    await empty(process, gateway)
+
+
+@pytest.mark.promise("R20")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("method", [SPARSE, "prism:block=32,threshold=0.5", "recall:block=32,stride=8,recall=0.7"])
+async def test_kv_of_a_method_that_is_not_prefix_safe_serves_that_prompt_and_method_alone(method: str, pipeline: Any) -> None:
+    """Every answer that could be made from it is compared, to the last bit of its scores, with one made without a cache."""
+    process, gateway, client = pipeline
+    name, params = parse_spec(method)
+    assert not prefill_methods.create(name, dict(params)).caps.prefix_safe
+    longer, other = TEXT + "And then?", method.replace("block=32", "block=64")
+
+    async def ask(prompt: str, prefill: str, *, cold: bool = False) -> tuple[list[Any], int]:
+        found = await client.complete(prompt, sampling=_sampling(logprobs=5), max_tokens=3, prefill=prefill, no_cache=cold)
+        return [[(t.token_id, t.logprob) for t in token] for token in found.logprobs], found.usage.cached_tokens
+
+    cold = {case: (await ask(*case, cold=True))[0]
+            for case in ((TEXT, method), (TEXT, other), (TEXT, "dense"), (longer, method), (longer, "dense"))}  # fmt: skip
+    assert len({repr(scores) for scores in cold.values()}) == len(cold), "a KV taken from another of them would not be seen"
+
+    first = await client.complete(TEXT, max_tokens=3, prefill=method)
+    assert (first.usage.cached_tokens, first.usage.prefill_density < 1) == (0, True)
+    # (a) the same prompt by another method, by the same one with another parameter, and dense
+    for case in ((TEXT, "dense"), (TEXT, other)):
+        assert await ask(*case) == (cold[case], 0)
+    # (b) the same prompt by the same method
+    whole = first.usage.prompt_tokens - 1
+    assert await ask(TEXT, method) == (cold[TEXT, method], whole)
+    # (c) a prompt of which it is a prefix, by the same method; dense begins with what (a) left, and nothing else
+    assert await ask(longer, method) == (cold[longer, method], 0)
+    scores, cached = await ask(longer, "dense")
+    assert [[i for i, _ in token] for token in scores] == [[i for i, _ in token] for token in cold[longer, "dense"]]
+    assert 0 < cached <= first.usage.prompt_tokens + 3
+    await empty(process, gateway)
 
 
 def _sampling(**fields: Any) -> Any:

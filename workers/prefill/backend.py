@@ -7,29 +7,81 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from winnow.index.segment import KVSegment
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
+from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod
+from winnow.workers.prefill.break_even import BreakEven
+from winnow.workers.prefill.quality import kept_pairs, kept_shares, rows_to_measure, sample_rows
+
+_SEED = 0x77696E6E6F77  # of the rows that are measured: others than a method samples for itself
 
 
 @dataclass
 class Tally:
-    """(query, key) pairs over layers, heads and rows: causal ones, and those a plan kept. A dense part keeps all of its own."""
+    """What was computed, over layers, heads and rows. A dense part keeps all of its pairs and of its attention mass.
+
+    What is known on the device only is kept there and read when somebody asks, so that nothing waits between layers.
+
+    Attributes:
+        causal, kept: (query, key) pairs: causal ones, and those a plan kept.
+        rows: query rows, counted once for each layer and head. recalled: their kept shares of attention mass, as far as known.
+        is_sparse: a method had a say. is_measured: every plan's share of the mass was measured.
+    """
 
     causal: float = 0.0
     kept: float = 0.0
+    rows: float = 0.0
+    recalled: float = 0.0
+    is_sparse: bool = False
+    is_measured: bool = True
+    _pending: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
 
     def add(self, pairs: float, density: float) -> None:
+        """Pairs of which this share was kept, and whose attention mass nobody measured unless it is all of it."""
         self.causal += pairs
         self.kept += pairs * density
+        self.is_measured &= density == 1.0
+
+    def add_dense(self, pairs: float, rows: float) -> None:
+        self.add(pairs, 1.0)
+        self.rows += rows
+        self.recalled += rows
+
+    def add_plan(self, pairs: float, rows: float, kept: Tensor, recall: Tensor | None) -> None:
+        """A plan's pairs and rows. kept: pairs it read, recall: mean share of the mass it kept (None = not measured); scalars."""
+        self.causal += pairs
+        self.rows += rows
+        self.is_sparse = True
+        self.is_measured &= recall is not None
+        self._pending.append((kept, torch.ones_like(kept) if recall is None else recall.to(kept.dtype), rows))
+
+    def settle(self) -> None:
+        """Read what is on the device. Waits for it, once."""
+        if not self._pending:
+            return
+        found = torch.stack([torch.stack(pair[:2]) for pair in self._pending]).tolist()
+        for (kept, recall), (_, _, rows) in zip(found, self._pending, strict=True):
+            self.kept += kept
+            self.recalled += recall * rows
+        self._pending.clear()
 
     @property
     def density(self) -> float:
-        """Kept over causal pairs; 1.0 where nothing was computed."""
+        """Kept over causal pairs; 1.0 where nothing was computed. May wait for the device."""
+        self.settle()
         return self.kept / self.causal if self.causal else 1.0
+
+    @property
+    def recall(self) -> float | None:
+        """Mean share of attention mass kept, over layers, heads and rows; None where it was not measured, or no method had a
+        say. May wait for the device."""
+        self.settle()
+        return self.recalled / self.rows if self.is_sparse and self.is_measured and self.rows else None
 
 
 @dataclass
@@ -41,6 +93,8 @@ class PrefillBackend:
         method: plans the reads, or None for dense attention.
         tally: mutated, one addition a layer.
         samples: (row of this pass, slot of the segment's query sample) pairs to keep.
+        measure_rows: rows of each layer on which a plan's recall is measured; 0 = not measured.
+        break_even: says where the method would not pay, and dense attention runs instead; None = it always runs.
     """
 
     segment: KVSegment
@@ -48,6 +102,8 @@ class PrefillBackend:
     method: PrefillMethod | None
     tally: Tally
     samples: list[tuple[int, int]] = field(default_factory=list)
+    measure_rows: int = 0
+    break_even: BreakEven | None = None
 
     def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, raw: RawQK) -> Tensor:
         """See `AttentionBackend`. Mutates the segment and the tally."""
@@ -57,15 +113,42 @@ class PrefillBackend:
         keys = self.segment.k(layer.idx)[None, :, :end].to(q.device)  # [1, Hkv, end, D]; a view where devices agree
         values = self.segment.v(layer.idx)[None, :, :end].to(q.device)
         queries = q[None]
-        plan = self.method.plan(queries, keys, layer, raw) if self.method is not None else None
-        pairs = float(layer.n_q_heads) * (n * self.start + n * (n + 1) / 2)
-        self.tally.add(pairs, plan.density() if plan is not None else 1.0)
-        out, _ = attend_plan(plan, queries, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        plan = self._plan(layer, queries, keys, raw)
+        out, lse = attend_plan(plan, queries, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        self._book(plan, layer, queries, keys, lse)
         kept = self.segment.query_sample(layer.idx) if self.samples else None
         if kept is not None:
             rows, slots = zip(*self.samples, strict=True)
             kept[:, slots] = q[:, rows].to(kept.device)
         return out[0]
+
+    def _plan(self, layer: LayerSpec, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
+        """What the method reads of this layer; None = dense."""
+        if self.method is None:
+            return None
+        n, m = q.shape[2], k.shape[2]
+        if self.break_even is None or 0 < layer.window < m:  # a window is cheaper than what the costs were measured on
+            return self.method.plan(q, k, layer, raw)
+        if not self.break_even.tries(layer, n, m, q.device):
+            return None
+        plan = self.method.plan(q, k, layer, raw)
+        return plan if self.break_even.takes(layer, plan) else None
+
+    def _book(self, plan: TilePlan | None, layer: LayerSpec, q: Tensor, k: Tensor, lse: Tensor) -> None:
+        """Add what this layer read to the tally."""
+        heads, n = layer.n_q_heads, q.shape[2]
+        pairs = float(heads) * (n * self.start + n * (n + 1) / 2)
+        self.tally.is_sparse |= self.method is not None
+        if plan is None:
+            self.tally.add_dense(pairs, heads * n)
+            return
+        recall = None
+        count = rows_to_measure(n, self.measure_rows)
+        # An estimate is part of the lse, and a window would be missing from the exact mass.
+        if count and not plan.is_estimating and not 0 < layer.window < k.shape[2]:
+            rows = sample_rows(n, count, _SEED + (self.start << 12) + layer.idx, q.device)
+            recall = kept_shares(q, k, lse, layer, rows).mean()
+        self.tally.add_plan(pairs, heads * n, kept_pairs(plan) * (heads // plan.mask_heads), recall)
 
 
 def sample_positions(first: int, end: int, count: int) -> list[int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from winnow.errors import InvalidRequest
 from winnow.index.store import Lease
 from winnow.types import Document, MethodChoice, Ranking, SegmentHandle
 from winnow.workers.job import Failed, JobHandle
 from winnow.workers.prefill.base import PrefillMethod
+from winnow.workers.prefill.break_even import dense_share
 from winnow.workers.ranking.base import Ranker
 
 
@@ -80,6 +81,10 @@ class PrefillResult:
             where nothing was computed.
         queue_s, work_s: seconds from submit to the first step, and from there to the end (other jobs' steps included).
         fallback_used: the method that stepped in; "" = none.
+        recall: share of attention mass on the keys that a sparse method read, mean over layers, query heads and computed
+            rows, estimated on sampled rows (dense parts count as 1); None = not measured, see `winnow.types.Usage`.
+        passes: a sparse method's passes through a layer, by the reason for running them sparse or dense; see `BreakEven`.
+            Empty for a dense method, and where the predictor is off.
     """
 
     segment: SegmentHandle
@@ -89,6 +94,13 @@ class PrefillResult:
     queue_s: float
     work_s: float
     fallback_used: str = ""
+    recall: float | None = None
+    passes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the passes that ran dense because sparse would not have paid; 0 where there were none."""
+        return dense_share(self.passes)
 
 
 @dataclass(frozen=True)

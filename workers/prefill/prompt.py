@@ -13,6 +13,7 @@ from winnow.types import MethodChoice
 from winnow.workers.model.decoder import Decoder
 from winnow.workers.prefill.backend import PrefillBackend, Tally, sample_positions
 from winnow.workers.prefill.base import PrefillMethod
+from winnow.workers.prefill.break_even import BreakEven
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,16 @@ def plan_parts(method: PrefillMethod, n: int, cached: int, context: int, chunk: 
 
 
 def forward_steps(
-    decoder: Decoder, segment: KVSegment, ids: Sequence[int], parts: Sequence[Part], cached: int, n_samples: int, tally: Tally
-) -> Iterator[int]:
+    decoder: Decoder, segment: KVSegment, ids: Sequence[int], parts: Sequence[Part], cached: int, n_samples: int, tally: Tally,
+    measure_rows: int = 0, break_even: BreakEven | None = None,
+) -> Iterator[int]:  # fmt: skip
     """Compute the parts' KV into the segment, a step at a time.
 
     Args:
         ids: tokens whose KV the segment shall hold.
         n_samples: query vectors to keep in the segment's sample, spread over the computed tokens.
+        break_even: of this prompt, see `PrefillBackend`; told between steps what their plans held.
+        measure_rows: rows of each layer and pass on which the recall of a method's plan is measured; 0 = not measured.
 
     Yields:
         Work done in this step, in token-layers. A step is one layer of a part's chunk, or of the whole part where it has none;
@@ -81,14 +85,23 @@ def forward_steps(
         for start in range(part.start, part.end, chunk):
             end = min(start + chunk, part.end)
             rows = [(position - start, slot) for slot, position in enumerate(sampled) if start <= position < end]
-            backend = PrefillBackend(segment, start, part.method, tally, rows)
+            backend = PrefillBackend(segment, start, part.method, tally, rows, measure_rows, break_even)
             positions = torch.arange(start, end, device=decoder.device)
             by_layer = not part.chunk or decoder.device.type == "cpu"
             if by_layer:
                 for layer in decoder.iter_forward(tokens[start:end], positions, backend):
                     if layer + 1 < n_layers:
                         yield end - start
+                        _settle(tally, break_even)
             else:
                 decoder.forward(tokens[start:end], positions, backend)
             segment.advance(ids[start:end])
             yield (end - start) * (1 if by_layer else n_layers)
+            _settle(tally, break_even)
+
+
+def _settle(tally: Tally, break_even: BreakEven | None) -> None:
+    """Read what a step has left on the device. The engine has waited for it by now."""
+    tally.settle()
+    if break_even is not None:
+        break_even.settle()

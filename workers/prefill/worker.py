@@ -24,6 +24,8 @@ from winnow.types import MethodChoice
 from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill.backend import Tally
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.break_even import BreakEven
+from winnow.workers.prefill.costs import costs_of
 from winnow.workers.prefill.job import (
     Event,
     Failed,
@@ -212,7 +214,7 @@ class PrefillEngine:
                     self._scheduler.ran(task, work, left)
 
     def _prefill(self, task: _Task, job: PrefillJob) -> Steps:
-        method = self._method(job.method)
+        method = self._method(job.method).for_prompt()
         spec, ids = self.model.spec, list(job.token_ids[:-1])
         n = len(ids)
         context = min(job.context_tokens, n)
@@ -222,12 +224,14 @@ class PrefillEngine:
             use_cache=not job.no_cache, query_sample=sample,
         )  # fmt: skip
         cached = lease.cached_tokens
-        tally = Tally()
+        tally, break_even = Tally(), self._break_even(method)
         told = cached
         self._emit(task, Progress(told, n))
         parts = plan_parts(method, n, cached, context, self.config.chunk_tokens)
         left = (n - cached) * spec.n_layers
-        steps = forward_steps(self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally)
+        steps = forward_steps(
+            self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally, self.config.recall_rows, break_even
+        )
         for work in steps:
             left -= work
             self._settle()
@@ -239,9 +243,11 @@ class PrefillEngine:
             yield work, left
         self.store.publish(lease)
         now = time.monotonic()
+        queue_s, work_s = task.started_at - task.submitted_at, now - task.started_at
+        passes = dict(break_even.counts) if break_even is not None else {}
         self._finish(
             task,
-            PrefillResult(lease.handle, lease, cached, tally.density, task.started_at - task.submitted_at, now - task.started_at),
+            PrefillResult(lease.handle, lease, cached, tally.density, queue_s, work_s, recall=tally.recall, passes=passes),
         )
 
     def _rank(self, task: _Task, job: RankJob) -> Steps:
@@ -297,6 +303,12 @@ class PrefillEngine:
             name, params = parse_spec(self.config.method) if wanted is None else (wanted.name, dict(wanted.params))
             wanted = prefill_methods.create(name, dict(params))
         return wanted.bind(self.model)
+
+    def _break_even(self, method: PrefillMethod) -> BreakEven | None:
+        """For one prompt; None where there is nothing to choose."""
+        if method.caps.exact or not self.config.break_even:
+            return None
+        return BreakEven(costs_of(self.model.decoder.device), method.name)
 
     def _end_cancelled(self, but: _Task | None = None) -> None:
         for task in self._scheduler.items():

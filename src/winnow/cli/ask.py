@@ -54,6 +54,10 @@ def generate(
     answer_prefix: Annotated[str, typer.Option("--answer-prefix", help="Words the answer begins with.")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without the model's chat template.")] = False,
     prefill: Annotated[str, typer.Option(help=f"Prefill method, {METHOD}")] = "",
+    recall: Annotated[
+        float | None,
+        typer.Option(help="Share of attention mass the prefill keeps, above 0 to 1: prefill method recall.", show_default=False),
+    ] = None,
     decode: Annotated[str, typer.Option(help=f"Decode method, {METHOD}")] = "",
     reducer: Annotated[str, typer.Option(help="Prompt reducer, NAME or NAME:key=value,... (default: none).")] = "",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to the exact path.")] = False,
@@ -86,9 +90,11 @@ def generate(
         if not asked.strip():
             raise InvalidRequest("question: empty; ask something, or give the prompt to continue with --raw")
         from winnow.cli.connect import connect
+        from winnow.client_calls import with_recall
 
+        chosen = with_recall(prefill or None, recall, session or "", label="--recall")
         options: dict[str, Any] = {
-            "prefill": prefill or None,
+            "prefill": None if keep else chosen,  # the session that is opened takes it
             "decode": decode or None,
             "reducer": reducer or None,
             "strict": strict,
@@ -98,10 +104,11 @@ def generate(
             if keep and text is not None:
                 with stage_bars(shown=not (as_json or quiet)) as on_stage:
                     opened = client.open_session(
-                        text, prefill=prefill or None, on_progress=lambda done, total: on_stage("prefill", done, total)
+                        text, prefill=chosen, on_progress=lambda done, total: on_stage("prefill", done, total)
                     )
                 session = opened.session_id
-                stderr.print(f'session [bold]{session}[/] ({opened.tokens} tokens): winnow generate --session {session} "..."')
+                read = f"{opened.tokens} tokens" + (f", recall {opened.recall:.3f}" if opened.HasField("recall") else "")
+                stderr.print(f'session [bold]{session}[/] ({read}): winnow generate --session {session} "..."')
             if session is not None:
                 chunks = client.generate(session=session, question=asked, **options)
             elif raw:
@@ -164,11 +171,16 @@ def show(chunks: Iterator[Chunk], *, stream: bool, quiet: bool, as_json: bool, s
 def figures(usage: Usage, reason: str) -> str:
     """What a generation cost and read, on one line."""
     speed = (usage.completion_tokens - 1) / usage.decode_s if usage.decode_s > 0 and usage.completion_tokens > 1 else 0.0
+    prefill = f"prefill density {usage.prefill_density:.2f}"
+    if usage.prefill_recall is not None:
+        prefill += f" at recall {usage.prefill_recall:.3f}"
+    if usage.prefill_dense_share:
+        prefill += f" ({usage.prefill_dense_share:.0%} dense, where sparse would not pay)"
     parts = [
         f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached)",
         f"first token {usage.ttft_s:.2f} s",
         f"{usage.completion_tokens} tokens at {speed:.1f}/s",
-        f"prefill density {usage.prefill_density:.2f}",
+        prefill,
         f"keys read {usage.keys_read_share:.0%}",
         f"ended by {reason}",
     ]

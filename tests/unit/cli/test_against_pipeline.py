@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def test_methods_are_chosen_by_name_with_parameters(as_json: Callable[..., Any])
     answer = as_json("generate", "Why?", "--file", "-", "--max-tokens", "6", "--ignore-eos", *method, stdin=text)
     assert answer["usage"]["keys_read_share"] < 1
     assert answer["usage"]["fallback_used"] == ""
+
+
+def test_a_recall_is_asked_for_and_the_line_says_what_was_reached(
+    run: Callable[..., Any], as_json: Callable[..., Any], tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("The budget was cut. " * 40)
+    asked = ("generate", "--file", str(notes), "What was cut?", "--max-tokens", "2", "--ignore-eos", "--no-cache")
+    done = run(*asked, "--recall", "0.9")
+    assert done.returncode == 0, done.stderr
+    reached = re.search(r"prefill density \d\.\d\d at recall (\d\.\d{3})", done.stderr)
+    assert reached and float(reached[1]) >= 0.85
+    assert "recall" not in run(*asked).stderr
+    assert as_json(*asked)["usage"]["prefill_recall"] is None
+    kept = run("generate", "--file", str(notes), "--keep", "What?", "--recall", "0.9", "--max-tokens", "2", "--ignore-eos")
+    assert kept.returncode == 0 and re.search(r"session \S+ \(\d+ tokens, recall (1\.000|0\.9\d\d)\)", kept.stderr), kept.stderr
 
 
 def test_the_question_may_come_from_standard_input(as_json: Callable[..., Any]) -> None:

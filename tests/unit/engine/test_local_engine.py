@@ -22,7 +22,8 @@ GREEDY = Sampling(max_tokens=16, ignore_eos=True)
 @pytest.fixture
 def engine(tiny: Callable[..., LoadedModel], tmp_path: Path) -> Iterator[LocalEngine]:
     config = WinnowConfig(
-        kv=KVConfig(dir=str(tmp_path), budget_bytes=64 << 20, block_tokens=16), prefill=PrefillConfig(chunk_tokens=64)
+        kv=KVConfig(dir=str(tmp_path), budget_bytes=64 << 20, block_tokens=16),
+        prefill=PrefillConfig(chunk_tokens=64, break_even=False),
     )
     with LocalEngine(tiny(), config) as made:
         yield made

@@ -15,7 +15,9 @@ from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.job import Failed, PrefillJob, PrefillResult, Progress, RankJob, RankResult
 from winnow.workers.prefill.methods.dense import Dense
+from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 from winnow.workers.prefill.methods.flexprefill import FlexPrefill
+from winnow.workers.prefill.scoring import KeyTiles
 from winnow.workers.ranking.base import RankContext, Ranker
 
 from .conftest import WAIT_S, Inbox, Rig, prompt, wait
@@ -187,6 +189,51 @@ def test_density_is_weighted_by_causal_pairs_with_dense_parts_counted_whole(rig:
     assert result.density == pytest.approx(kept / (n * (n + 1) / 2), rel=1e-6)
     chunked = rig(chunk_tokens=48).run_prefill(prompt(n + 1), method=Tail(recent=recent), no_cache=True)
     assert chunked.density == pytest.approx(result.density, rel=1e-6)
+
+
+def test_recall_of_a_sparse_method_is_measured_and_a_dense_one_has_none(rig: MakeRig) -> None:
+    r, ids = rig(chunk_tokens=0), prompt(400)
+    found = r.run_prefill(ids, method=SPARSE)
+    assert found.recall is not None and 0.0 < found.recall < 1.0
+    assert rig(chunk_tokens=0).run_prefill(ids, method=SPARSE).recall == found.recall, "the same rows each time"
+    again = r.run_prefill(ids, method=SPARSE)
+    assert (again.cached_tokens, again.recall) == (399, None), "nothing was computed"
+    assert r.run_prefill(ids).recall is None
+
+
+def test_where_a_method_would_not_pay_its_layers_run_dense_and_the_result_says_so(rig: MakeRig) -> None:
+    """400 tokens are fewer than any method was measured to gain by: the KV is that of a dense run, bit by bit."""
+    ids = prompt(400)
+    choosing, dense = rig(break_even=True, chunk_tokens=0), rig(chunk_tokens=0).run_prefill(ids)
+    found = choosing.run_prefill(ids, method=SPARSE)
+    assert torch.equal(kv_of(found), kv_of(dense))
+    assert (found.density, found.recall, found.dense_share) == (1.0, 1.0, 1.0)
+    assert found.passes == {"too_short": 2}
+    assert choosing.run_prefill(ids).passes == {}, "a dense method has nothing to choose"
+    assert choosing.prefill.load().approximate == 0
+    forced = rig(chunk_tokens=0).run_prefill(ids, method=SPARSE)
+    assert (forced.density < 1.0, forced.passes, forced.dense_share) == (True, {}, 0.0)
+
+
+def test_the_engine_keeps_a_methods_state_for_one_prompt_and_the_kv_is_the_same(
+    rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = FlashPrefill(dense_tail=0, block=32, sink_tiles=1, window_tiles=1, alpha=0.7)
+    pooled: list[int] = []
+
+    def counting(self: KeyTiles, name: Any, k: torch.Tensor, tile: int, compute: Any) -> torch.Tensor:
+        return extended(self, name, k, tile, lambda keys, at: (pooled.append(keys.shape[2]), compute(keys, at))[1])
+
+    extended = KeyTiles.extended
+    monkeypatch.setattr(KeyTiles, "extended", counting)
+    ids = prompt(513)
+    with_state = rig(chunk_tokens=128)
+    first = with_state.run_prefill(ids, method=method, no_cache=True)
+    again = with_state.run_prefill(ids, method=method, no_cache=True)
+    assert pooled == [128] * 2 * 4 * 2, "of two layers, four chunks and two prompts: each key once"
+    monkeypatch.setattr(FlashPrefill, "for_prompt", lambda self: self)
+    without = rig(chunk_tokens=128).run_prefill(ids, method=method, no_cache=True)
+    assert first.density < 1.0 and torch.equal(kv_of(first), kv_of(without)) and torch.equal(kv_of(again), kv_of(without))
 
 
 def test_method_by_name_and_its_mistakes(rig: MakeRig) -> None:

@@ -44,7 +44,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., logprobs: _Optional[int] = ..., ignore_eos: bool = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens", "reduced_from_tokens", "ttft_s", "decode_s", "prefill_density", "keys_read_share", "fallback_used")
+    __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens", "reduced_from_tokens", "ttft_s", "decode_s", "prefill_density", "keys_read_share", "fallback_used", "prefill_recall", "prefill_dense_share")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,8 @@ class Usage(_message.Message):
     PREFILL_DENSITY_FIELD_NUMBER: _ClassVar[int]
     KEYS_READ_SHARE_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_USED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RECALL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_DENSE_SHARE_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -63,7 +65,9 @@ class Usage(_message.Message):
     prefill_density: float
     keys_read_share: float
     fallback_used: str
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., reduced_from_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_density: _Optional[float] = ..., keys_read_share: _Optional[float] = ..., fallback_used: _Optional[str] = ...) -> None: ...
+    prefill_recall: float
+    prefill_dense_share: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., reduced_from_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_density: _Optional[float] = ..., keys_read_share: _Optional[float] = ..., fallback_used: _Optional[str] = ..., prefill_recall: _Optional[float] = ..., prefill_dense_share: _Optional[float] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "done", "total")

@@ -251,16 +251,18 @@ class OpenSessionEvent(_message.Message):
     def __init__(self, progress: _Optional[_Union[_common_pb2.Progress, _Mapping]] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "tokens", "prefill", "idle_left_s")
+    __slots__ = ("session_id", "tokens", "prefill", "idle_left_s", "recall")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     IDLE_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     tokens: int
     prefill: str
     idle_left_s: float
-    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., idle_left_s: _Optional[float] = ...) -> None: ...
+    recall: float
+    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., prefill: _Optional[str] = ..., idle_left_s: _Optional[float] = ..., recall: _Optional[float] = ...) -> None: ...
 
 class ListSessionsRequest(_message.Message):
     __slots__ = ()

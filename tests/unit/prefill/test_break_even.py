@@ -1,0 +1,275 @@
+"""Sparse where it pays, dense where it does not: by measured cells, prompt by prompt, without a look at the clock."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill import break_even as module
+from winnow.workers.prefill.break_even import ALLOWANCE, BreakEven, dense_share
+from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size, costs_of, device_kind
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"winnow_bench_{name}", ROOT / "tests" / "bench" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found  # its dataclasses look themselves up
+    spec.loader.exec_module(found)
+    return found
+
+
+fitting = load("fit_costs")
+
+# -- fitting --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(kind: str, noise: float, seed: int) -> list[dict[str, Any]]:
+    """A table as the benchmarks write it, of a machine whose costs are these formulas, each value off by up to `noise`."""
+    gen = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+
+    def near(value: float) -> float:
+        return value * (1 + gen.uniform(-noise, noise))
+
+    for n in (1024, 2048, 8192, 32768, 131072):
+        for method, scoring in (("cheap", 0.02), ("probing", 0.08), ("costly", 0.3)):
+            for workload, density in (("model-like", min(1.0, 0.05 + 900 / n)), ("S7", 0.3), ("S1", 0.97)):
+                size = Size(n, n, 32, 128)
+                pairs, volume, _ = size.attended(1.0)
+                dense = near(0.03 * pairs + 0.02 * volume + 0.02)
+                attention = near(0.05 * pairs * density + 0.03 * volume + 0.06)
+                if kind == "steep":  # nothing a fit of three coefficients can follow
+                    attention = near(0.05 * pairs * density**0.5 + 0.3)
+                selection = near(scoring * 0.03 * pairs + 0.01 * volume + 0.15)
+                at = f"prefill/{n}/{workload}/{method}"
+                for name, value, control in (
+                    ("selection_ms", selection, dense), ("attention_ms", attention, dense), ("density", density, 1.0),
+                ):  # fmt: skip
+                    rows.append({"name": f"{at}/{name}", "value": value, "unit": "ms", "control_value": control})
+        for density in (0.05, 0.1, 0.25):
+            kept = density + 0.004  # what the plan really held; the name has the round figure
+            value = near(0.05 * pairs * kept + 0.03 * volume + 0.06)
+            work = 4 * 32 * 128 * n * (n + 1) / 2 / 1e9
+            rows.append({"name": f"executor/{n}/{density:.2f}/128x128", "unit": "TFLOP/s", "value": work * kept / value,
+                         "control_value": work / dense, "note": f"kept {kept:.4f} of the causal pairs"})  # fmt: skip
+    return rows
+
+
+def cells_of(tmp_path: Path, rows: list[dict[str, Any]]) -> list[Any]:
+    (tmp_path / "prefill_h100.json").write_text(json.dumps({"rows": rows}))
+    found: list[Any] = fitting.read_cells(tmp_path, ["prefill_h100.json", "executor_h100.json"], 32, 128)
+    return found
+
+
+def measured_over_dense(costs: DeviceCosts, cell: Any) -> float:
+    """What serving pays for a cell when the predictor knows its density, by the shipped code and not by the fit's."""
+    one = DeviceCosts.from_json(json.loads(json.dumps(fitting.to_json(costs))))
+    method = one.methods[cell.method]
+    assert method.covers(cell.size)
+    if method.selection_ms(cell.size) + method.attention_ms(cell.size, cell.density) > one.dense_ms(cell.size):
+        return 1.0
+    return float((cell.selection_ms + cell.attention_ms) / cell.dense_ms)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("kind", "noise"), [("plain", 0.0), ("plain", 0.05), ("plain", 0.2), ("steep", 0.05)])
+def test_no_choice_on_a_measured_cell_costs_more_than_three_percent(kind: str, noise: float, seed: int, tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, rows_of(kind, noise, seed))
+    assert sum(c.selection_ms is None for c in cells) == 15, "executor rows are read too"
+    costs = fitting.fit_device(cells)
+    own = [c for c in cells if c.selection_ms is not None]
+    assert max(measured_over_dense(costs, c) for c in own) <= 1.03
+
+
+def test_exact_formulas_are_found_again_and_nothing_is_left_lying(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, rows_of("plain", 0.0, 0))
+    costs = fitting.fit_device(cells)
+    assert costs.dense == pytest.approx((0.03, 0.02, 0.02), rel=1e-3)
+    for c in (c for c in cells if c.selection_ms is not None):
+        own = costs.methods[c.method]
+        assert own.margin == 1.0
+        assert own.attention_ms(c.size, c.density) == pytest.approx(c.attention_ms, rel=1e-3)
+        assert own.selection_ms(c.size) == pytest.approx(c.selection_ms, rel=1e-3)
+        assert measured_over_dense(costs, c) == pytest.approx(min(1.0, (c.selection_ms + c.attention_ms) / c.dense_ms), rel=0.05)
+    assert costs.methods["cheap"].usual_density(2047) == pytest.approx(0.05 + 900 / 1024)
+    assert costs.methods["cheap"].usual_density(1000) == 1.0
+    assert not costs.methods["cheap"].covers(Size(512, 1024, 32, 128)) and costs.methods["cheap"].covers(Size(512, 2048, 32, 128))
+
+
+def test_a_method_with_few_cells_borrows_those_of_the_executor(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, rows_of("plain", 0.0, 0))
+    few = [
+        c
+        for c in cells
+        if c.selection_ms is None or (c.method == "cheap" and c.workload == "S7" and c.size.keys in (8192, 32768))
+    ]
+    assert len(few) == 15 + 2
+    size = Size(131072, 131072, 32, 128)
+    found = fitting.fit_device(few).methods["cheap"].attention_ms(size, 0.1)
+    assert found == pytest.approx(fitting.fit_device(cells).methods["cheap"].attention_ms(size, 0.1), rel=0.02)
+
+
+def test_coefficients_are_never_negative() -> None:
+    gen = random.Random(3)
+    for _ in range(50):
+        features = [(gen.random(), gen.random(), 1.0) for _ in range(8)]
+        found = fitting.fit(features, [gen.random() + 0.01 for _ in range(8)])
+        assert min(found) >= 0 and max(found) > 0
+        assert fitting.fit(features, [1.0] * 8, (3.0, 0.0, 0.0))[0] >= 3.0
+
+
+def committed() -> list[str]:
+    """Kinds of device whose measurements are here."""
+    return [kind for kind, (names, _, _) in fitting.DEVICES.items() if (fitting.RESULTS / names[0]).is_file()]
+
+
+@pytest.mark.parametrize("kind", committed())
+def test_the_shipped_costs_keep_the_promise_on_the_committed_measurements(kind: str) -> None:
+    names, heads, head_size = fitting.DEVICES[kind]
+    cells = [c for c in fitting.read_cells(fitting.RESULTS, names, heads, head_size) if c.selection_ms is not None]
+    shipped = DeviceCosts.from_json(json.loads((ROOT / "workers/prefill/costs.json").read_text())["devices"][kind])
+    ratios = {(c.spec, c.workload, c.size): measured_over_dense(shipped, c) for c in cells}
+    assert {case: ratio for case, ratio in ratios.items() if ratio > 1.03} == {}
+    assert min(ratios.values()) < 0.7, "sparse is chosen somewhere"
+
+
+def test_this_machine_has_costs() -> None:
+    assert device_kind(CPU) == "cpu"
+    assert costs_of(CPU) is not None
+    assert costs_of(torch.device("meta")) is None
+
+
+# -- choosing -------------------------------------------------------------------------------------------------------
+
+LAYER = LayerSpec(0, 4, 2, 32, 0.2)
+# Dense costs 1 ms for a million pair-dimensions, a plan 5 % more for each it reads, and selection 10 % of dense on top.
+COSTS = DeviceCosts((1e3, 0.0, 0.0), {"x": MethodCosts((1050.0, 0.0, 0.0), (100.0, 0.0, 0.0), 1.0, 0.0, ((1024, 0.4),))})
+
+
+def plan_of(n: int, m: int, density: float) -> TilePlan:
+    """About this density, in tiles of 32."""
+    mask = torch.rand(1, 4, -(-n // 32), -(-m // 32), generator=torch.Generator().manual_seed(n + m)) < density
+    return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=32, block_k=32)
+
+
+def layer(idx: int) -> LayerSpec:
+    return LayerSpec(idx, 4, 2, 32, 0.2)
+
+
+def cost(plan: TilePlan | None, tried: bool, n: int, m: int) -> float:
+    """Of one pass by COSTS, over dense."""
+    return 0.1 * tried + (1.0 if plan is None else 1.05 * plan.density())
+
+
+def run(choice: BreakEven, densities: dict[tuple[int, int], float], n: int, chunks: int, layers: int) -> tuple[float, float]:
+    """A prompt whose plans have these densities; (what it cost, what dense would have)."""
+    total = dense = 0.0
+    for chunk in range(chunks):
+        m = n * (chunk + 1)
+        for idx in range(layers):
+            weight = Size(n, m, 4, 32).causal
+            tried = choice.tries(layer(idx), n, m, CPU)
+            plan = plan_of(n, m, densities[chunk, idx]) if tried else None
+            taken = tried and choice.takes(layer(idx), plan)
+            total += weight * cost(plan if taken else None, tried, n, m)
+            dense += weight
+        choice.settle()
+    return total, dense
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("n", "chunks", "layers"), [(1024, 1, 30), (512, 4, 12), (2048, 1, 8)])
+def test_a_prompt_never_takes_three_percent_longer_than_dense_whatever_its_plans_hold(
+    n: int, chunks: int, layers: int, seed: int
+) -> None:
+    gen = random.Random(seed)
+    for kind in ("dense", "sparse", "mixed"):
+        densities = {
+            (chunk, idx): {"dense": gen.uniform(0.85, 1), "sparse": gen.uniform(0, 0.2), "mixed": gen.choice((0.05, 1.0))}[kind]
+            for chunk in range(chunks)
+            for idx in range(layers)
+        }
+        choice = BreakEven(COSTS, "x")
+        total, dense = run(choice, densities, n, chunks, layers)
+        first = 0.1 * Size(n, n, 4, 32).causal  # the very first look is paid for by what usually is
+        assert total <= (1 + ALLOWANCE) * dense + first
+        assert choice.counts.total() == chunks * layers
+        if kind == "sparse":
+            assert total < 0.6 * dense and choice.counts["pays"] >= 0.7 * chunks * layers
+
+
+def test_what_is_expected_comes_from_the_layer_then_from_the_others_then_from_the_measurements() -> None:
+    choice = BreakEven(COSTS, "x")
+    assert not choice.tries(layer(0), 512, 512, CPU), "shorter than anything measured"
+    assert choice.counts == Counter(no_gain=1)
+    assert choice.tries(layer(0), 1024, 1024, CPU), "usually 0.4 of the pairs"
+    assert not choice.takes(layer(0), plan_of(1024, 1024, 1.0))
+    assert choice.counts["too_dense"] == 1
+    assert not choice.tries(layer(1), 1024, 1024, CPU), "the layer before it was dense"
+    assert dense_share(choice.counts) == 1.0
+
+
+def test_a_layer_that_was_too_dense_is_tried_again_once_the_allowance_is_there() -> None:
+    choice = BreakEven(COSTS, "x")
+    tried = []
+    for _ in range(20):
+        tried.append(choice.tries(layer(0), 1024, 1024, CPU))
+        if tried[-1]:
+            assert not choice.takes(layer(0), plan_of(1024, 1024, 1.0))
+    assert 2 <= sum(tried) <= 7 and tried[0]
+    assert choice._lost_ms <= ALLOWANCE * choice._dense_ms + 0.1 * COSTS.dense_ms(Size(1024, 1024, 4, 32))
+
+
+def test_a_method_that_leaves_a_layer_dense_by_itself_counts_as_neither() -> None:
+    choice = BreakEven(COSTS, "x")
+    assert choice.tries(layer(0), 1024, 1024, CPU)
+    assert not choice.takes(layer(0), None)
+    assert (choice.counts, dense_share(choice.counts)) == (Counter(method=1), 0.0)
+
+
+def test_on_an_accelerator_a_density_is_learnt_between_steps_and_its_loss_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan on the meta device cannot be read: anything that waited for it would raise."""
+    read = plan_of(1024, 1024, 1.0)
+    monkeypatch.setattr(module, "kept_pairs", lambda plan: torch.empty((), dtype=torch.float64, device="meta"))
+    cuda = torch.device("cuda")
+    choice = BreakEven(COSTS, "x")
+    assert choice.tries(layer(0), 1024, 1024, cuda) and choice.takes(layer(0), read)
+    assert choice.tries(layer(1), 1024, 1024, cuda), "nothing is known yet: what is usual"
+    choice._pending = [(idx, size, torch.tensor(1.0)) for idx, size, _ in choice._pending]
+    choice.settle()
+    assert not choice.tries(layer(0), 1024, 2048, cuda) and not choice.tries(layer(1), 1024, 2048, cuda)
+    assert choice._lost_ms == pytest.approx(0.15 * COSTS.dense_ms(Size(1024, 1024, 4, 32)))
+
+
+@pytest.mark.parametrize("device", [None, COSTS], ids=["device", "method"])
+def test_what_nobody_measured_is_sparse_where_both_length_and_density_leave_no_doubt(device: DeviceCosts | None) -> None:
+    choice = BreakEven(device, "of another package")
+    assert not choice.tries(layer(0), 128, 8191, CPU)
+    assert choice.tries(layer(0), 128, 8192, CPU) and choice.takes(layer(0), plan_of(128, 8192, 0.1))
+    assert choice.tries(layer(1), 128, 8192, CPU) and not choice.takes(layer(1), plan_of(128, 8192, 0.5))
+    assert choice.tries(layer(0), 128, 8320, CPU) and not choice.tries(layer(1), 128, 8320, CPU)
+    assert choice.counts == Counter(too_short=1, no_gain=1, unmeasured=1, too_dense=1)
+
+
+def test_calls_smaller_than_any_that_was_measured_are_dense_whatever_the_allowance() -> None:
+    method = replace(COSTS.methods["x"], least_pairs=Size(1024, 1024, 4, 32).attended(1.0)[0])
+    choice = BreakEven(DeviceCosts(COSTS.dense, {"x": method}), "x")
+    assert [choice.tries(layer(0), 512, 1024, CPU) for _ in range(50)] == 50 * [False]
+    assert choice.counts == Counter(too_short=50)
+    assert choice.tries(layer(0), 1024, 1024, CPU) and choice.tries(layer(0), 512, 2048, CPU)

@@ -1,0 +1,134 @@
+"""Whether a layer runs by its method or dense: whatever is predicted to be faster, selection included.
+
+The choice depends on the prompt, the method and the kind of device alone, never on other requests or on a clock: the same
+request gives the same KV. It waits for no device: on an accelerator a plan's density is known one step later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.plan import TilePlan
+from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size
+from winnow.workers.prefill.quality import kept_pairs
+
+ALLOWANCE = 0.03  # of what dense attention would have taken so far: what may be lost in finding out that sparse does not pay
+# Where nobody measured the method on the device:
+_LEAST_KEYS = 8192
+_MOST_DENSITY = 0.25
+
+SPARSE_REASONS = ("pays", "trial", "unmeasured")
+DENSE_REASONS = ("too_short", "no_gain", "too_dense")  # not tried for either reason, and dropped after selection
+
+
+@dataclass(eq=False)
+class BreakEven:
+    """The choices of one prompt. Ask `tries` before a method plans, `takes` after; `settle` between two steps.
+
+    A layer is tried when the method is predicted to pay at the density that is expected: the layer's own last one in this
+    prompt, else the mean of the other layers' so far, else the usual one of the method at this length. Else it is tried when
+    what that may lose fits the allowance: 3 % of dense attention's time so far, less what such trials have lost already.
+    On a CPU, where a plan's density is known at once, a plan that is too dense is dropped: only its selection is lost.
+
+    Calls smaller than any that was measured are dense. A method that nobody measured on this kind of device is tried from 8192
+    keys on, and taken while its plans have a density of at most 0.25.
+
+    Attributes:
+        device: what dense attention costs on it, and the method does; None = not measured.
+        method: registered name.
+        counts: passes through a layer by reason, one of `SPARSE_REASONS` or `DENSE_REASONS`, or "method" where the method
+            itself left the layer dense. Mutated.
+    """
+
+    device: DeviceCosts | None
+    method: str
+    counts: Counter[str] = field(default_factory=Counter)
+    _densities: dict[int, float] = field(default_factory=dict)  # by layer
+    _dense_ms: float = 0.0
+    _lost_ms: float = 0.0
+    _is_trial: bool = False
+    _pending: list[tuple[int, Size, Tensor]] = field(default_factory=list)
+
+    @property
+    def _costs(self) -> tuple[DeviceCosts, MethodCosts] | None:
+        method = self.device.methods.get(self.method) if self.device is not None else None
+        return (self.device, method) if self.device is not None and method is not None else None
+
+    def tries(self, layer: LayerSpec, rows: int, keys: int, device: torch.device) -> bool:
+        """Whether the method shall plan this pass."""
+        reason = self._why_not(layer, Size.of(layer, rows, keys), device)
+        if reason:
+            self.counts[reason] += 1
+        return not reason
+
+    def _why_not(self, layer: LayerSpec, size: Size, device: torch.device) -> str:
+        """One of `DENSE_REASONS`, "" = it is tried."""
+        if self._costs is None:
+            if size.keys < _LEAST_KEYS:
+                return "too_short"
+            return "" if self._densities.get(layer.idx, 0.0) <= _MOST_DENSITY else "no_gain"
+        costs, method = self._costs
+        dense = costs.dense_ms(size)
+        self._dense_ms += dense
+        if not method.covers(size):
+            return "too_short"
+        selection, attention = method.selection_ms(size), method.attention_ms(size, self._expected(layer.idx, size.keys))
+        self._is_trial = selection + attention > dense
+        worst = selection if device.type == "cpu" else selection + max(0.0, method.attention_ms(size, 1.0) - dense)
+        return "no_gain" if self._is_trial and self._lost_ms + worst > ALLOWANCE * self._dense_ms else ""
+
+    def _expected(self, layer: int, keys: int) -> float:
+        assert self._costs is not None
+        if layer in self._densities:
+            return self._densities[layer]
+        if self._densities:
+            return sum(self._densities.values()) / len(self._densities)
+        return self._costs[1].usual_density(keys)
+
+    def takes(self, layer: LayerSpec, plan: TilePlan | None) -> bool:
+        """Whether the plan of a pass that was tried shall run."""
+        if plan is None:
+            self.counts["method"] += 1
+            return False
+        size = Size.of(layer, plan.n_rows, plan.n_keys)
+        share = kept_pairs(plan) * (layer.n_q_heads // plan.mask_heads / size.causal)
+        if share.device.type == "cpu":
+            density = float(share)
+            if not self._note(layer.idx, size, density, may_drop=True):
+                self.counts["too_dense"] += 1
+                return False
+        else:
+            self._pending.append((layer.idx, size, share))
+        self.counts["unmeasured" if self._costs is None else "trial" if self._is_trial else "pays"] += 1
+        return True
+
+    def settle(self) -> None:
+        """Learn the densities of what has run meanwhile. Waits for the device if it has not."""
+        if not self._pending:
+            return
+        for (layer, size, _), density in zip(self._pending, torch.stack([p[2] for p in self._pending]).tolist(), strict=True):
+            self._note(layer, size, density, may_drop=False)
+        self._pending.clear()
+
+    def _note(self, layer: int, size: Size, density: float, *, may_drop: bool) -> bool:
+        """Remember a plan's density and what was lost by it; whether running it is faster than dense."""
+        self._densities[layer] = density
+        if self._costs is None:
+            return density <= _MOST_DENSITY
+        dense, method = self._costs[0].dense_ms(size), self._costs[1]
+        attention = method.attention_ms(size, density)
+        runs = attention <= dense
+        self._lost_ms += max(0.0, method.selection_ms(size) + (min(attention, dense) if may_drop else attention) - dense)
+        return runs
+
+
+def dense_share(passes: Mapping[str, int]) -> float:
+    """Share of passes, counted by reason, that ran dense because sparse would not have paid; 0 where there were none."""
+    total = sum(passes.values())
+    return sum(passes.get(reason, 0) for reason in DENSE_REASONS) / total if total else 0.0

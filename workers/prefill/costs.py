@@ -1,0 +1,136 @@
+"""What attention and selection cost on a kind of device: a few coefficients each, fitted to measurements and shipped as data.
+
+    dense ms      = a pairs + b rows + c
+    attention ms  = e pairs x density + f rows + g        a method's plans, run
+    selection ms  = h pairs + i keys + j                  its `plan`
+
+pairs: causal (query, key) pairs x query heads x head size, in 1e9; rows and keys: their number x query heads x head size, in
+1e6. So heads of another number or size scale with the work. `tests/bench/fit_costs.py` makes costs.json; see there for how.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from winnow.workers.attention.backend import LayerSpec
+
+FILE = Path(__file__).with_name("costs.json")
+Coefficients = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Size:
+    """One call of attention: N rows of M >= N keys, right-aligned."""
+
+    rows: int
+    keys: int
+    heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, layer: LayerSpec, rows: int, keys: int) -> Size:
+        return cls(rows, keys, layer.n_q_heads, layer.head_size)
+
+    @property
+    def causal(self) -> float:
+        """Causal pairs over all heads."""
+        return self.heads * (self.rows * (self.keys - self.rows) + self.rows * (self.rows + 1) / 2)
+
+    def attended(self, density: float) -> Coefficients:
+        """Features of dense attention (density 1) and of a plan."""
+        return self.causal * self.head_size * density * 1e-9, self.rows * self.heads * self.head_size * 1e-6, 1.0
+
+    def selected(self) -> Coefficients:
+        """Features of a method's selection."""
+        return self.causal * self.head_size * 1e-9, self.keys * self.heads * self.head_size * 1e-6, 1.0
+
+
+@dataclass(frozen=True)
+class MethodCosts:
+    """One method on one kind of device.
+
+    Attributes:
+        margin: factor on what is predicted, so that none of the measured cells for which it chooses sparse loses by it.
+        least_pairs: those of the smallest call measured, in 1e9; of smaller ones nothing is known.
+        densities: (keys, density) as measured on the structured workload, keys ascending.
+    """
+
+    attention: Coefficients
+    selection: Coefficients
+    margin: float
+    least_pairs: float = 0.0
+    densities: tuple[tuple[int, float], ...] = ()
+
+    def covers(self, size: Size) -> bool:
+        """Whether the call is as large as the smallest one measured. Smaller ones are mostly fixed costs, which fits miss."""
+        return size.attended(1.0)[0] >= self.least_pairs * 0.999
+
+    def attention_ms(self, size: Size, density: float) -> float:
+        return self.margin * _dot(self.attention, size.attended(density))
+
+    def selection_ms(self, size: Size) -> float:
+        return self.margin * _dot(self.selection, size.selected())
+
+    def usual_density(self, keys: int) -> float:
+        """That of the longest prompt measured that is no longer; 1 below all of them: shorter prompts are denser."""
+        return next((density for length, density in reversed(self.densities) if length <= keys), 1.0)
+
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """Costs on one kind of device, of the methods that were measured there, by name."""
+
+    dense: Coefficients
+    methods: Mapping[str, MethodCosts]
+
+    def dense_ms(self, size: Size) -> float:
+        return _dot(self.dense, size.attended(1.0))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DeviceCosts:
+        methods = {
+            name: MethodCosts(
+                _three(m["attention"]), _three(m["selection"]), float(m["margin"]), float(m["least_pairs"]),
+                tuple((int(keys), float(density)) for keys, density in m["densities"]),
+            )
+            for name, m in data["methods"].items()
+        }  # fmt: skip
+        return cls(_three(data["dense"]), methods)
+
+
+def costs_of(device: torch.device, file: Path = FILE) -> DeviceCosts | None:
+    """The costs of a device's kind, None where nobody measured it."""
+    found = _read(file).get(device_kind(device))
+    return DeviceCosts.from_json(found) if found is not None else None
+
+
+def device_kind(device: torch.device) -> str:
+    """ "cpu", or "sm_90" for a CUDA device of compute capability 9.0 (H100, H200)."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _read(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        return {}
+    devices: Mapping[str, Any] = json.loads(file.read_text())["devices"]
+    return devices
+
+
+def _three(values: Any) -> Coefficients:
+    first, second, third = (float(value) for value in values)
+    return first, second, third
+
+
+def _dot(a: Coefficients, b: Coefficients) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
