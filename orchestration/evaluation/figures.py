@@ -106,8 +106,9 @@ def tokens_text(n: int) -> str:
 
 @_styled
 def needle_map(records: Sequence[Record], methods: Sequence[str], task: str) -> Figure:
-    """Mean score of a task by prompt length and depth of the evidence, one panel a method."""
+    """Mean score of a task by prompt length and depth of the evidence, one panel for each method that was given the task."""
     mine = [r for r in records if r["task"] == task and r["depth"] is not None and "unsupported" not in r]
+    methods = [method for method in methods if any(r["method"] == method for r in mine)]
     lengths = sorted({r["length"] for r in mine})
     asked = sorted({r["asked_depth"] for r in mine if r["asked_depth"] is not None})
     drawn = any(r["asked_depth"] is None for r in mine)

@@ -111,14 +111,33 @@ class Journal:
     def latest(self) -> list[Record]:
         """The records that count. Of two cells that differ only in what the user does not name (a method's version or
         calibration, rows measured) the later one."""
-        found = {(r["method"], r["task"], r["length"], r["seed"], r["asked_depth"]): r for r in self.done.values()}
-        return list(found.values())
+        return _latest(self.done)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def read_folder(folder: Path) -> tuple[dict[str, str], list[Record]]:
+    """What a folder's cells share, as `environment`, and those of its cells that count. A torn last line is cut off.
+
+    Raises:
+        InvalidRequest: the folder holds no evaluation. CorruptBlock: a file of it is damaged.
+    """
+    try:
+        shared: dict[str, str] = json.loads((folder / MANIFEST).read_text())
+    except OSError as error:
+        raise InvalidRequest(f"{folder.name}: holds no evaluation ({error.strerror}); give the folder of one") from None
+    except ValueError:
+        raise CorruptBlock(f"{folder.name}: its {MANIFEST} is not JSON") from None
+    return shared, _latest(_read(folder / CELLS))
+
+
+def _latest(done: dict[str, Record]) -> list[Record]:
+    found = {(r["method"], r["task"], r["length"], r["seed"], r["asked_depth"]): r for r in done.values()}
+    return list(found.values())
 
 
 def _read(path: Path) -> dict[str, Record]:

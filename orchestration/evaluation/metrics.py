@@ -8,13 +8,14 @@ that also estimates what it leaves out is better than its recall: its output err
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
+from winnow.workers.attention.tiles import causal_pairs
 from winnow.workers.prefill.backend import sample_positions
 from winnow.workers.prefill.scoring import logits_of, pool_sum
 
@@ -88,42 +89,65 @@ def row_metrics(
 
 
 def rows_kept(plan: TilePlan, rows: Sequence[int]) -> Tensor:
-    """[Hm, R, M] bool: keys that a plan for one sequence keeps for these ascending rows."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and row == runs[-1][1]:
-            runs[-1][1] = row + 1
-        else:
-            runs.append([row, row + 1])
-    return torch.cat([plan.to_dense_mask(start, stop)[0] for start, stop in runs], 1)
+    """[Hm, R, M] bool: keys that a plan for one sequence keeps for these ascending rows, as in its `to_dense_mask`.
+
+    Only the lists of the rows' own query tiles are looked at. Waits for the device once a list.
+    """
+    row = torch.tensor(rows, device=plan.device)
+    tiles, tile_of_row = torch.unique(row // plan.block_q, return_inverse=True)
+    position = row[:, None] + (plan.n_keys - plan.n_rows)
+    key = torch.arange(plan.n_keys, device=plan.device)
+    listed = _listed(plan, plan.full, tiles, plan.n_k_tiles) | _listed(plan, plan.partial, tiles, plan.n_k_tiles)
+    kept = listed.repeat_interleave(plan.block_k, -1)[..., : plan.n_keys]
+    if plan.token_columns is not None:
+        kept = kept | _listed(plan, plan.token_columns, tiles, plan.n_keys)
+    kept = kept[:, tile_of_row]
+    class_, sink, recent = (x[0, :, None, None] for x in (plan.head_class, plan.sink, plan.recent))
+    kept = torch.where(
+        class_ == HeadClass.STREAMING, (key < sink) | (key > position - recent), kept | (class_ == HeadClass.DENSE)
+    )
+    if plan.row_intervals is not None:
+        low, high = plan.row_intervals[0][:, row].unsqueeze(-2).unbind(-1)
+        kept = torch.where(class_ == HeadClass.INTERVAL, (key >= low) & (key < high), kept)
+    return kept & (key <= position)
+
+
+def _listed(plan: TilePlan, lists: TileLists, tiles: Tensor, columns: int) -> Tensor:
+    """[Hm, T, columns] bool: the ids that a plan's lists hold for its query tiles [T]."""
+    head = torch.arange(plan.mask_heads, device=plan.device)[:, None]
+    place = (head * plan.n_q_tiles + tiles).flatten()
+    first, count = lists.offsets[place], lists.counts()[place]
+    line = torch.repeat_interleave(torch.arange(len(place), device=plan.device), count)
+    at = torch.arange(len(line), device=plan.device) - (count.cumsum(0) - count - first)[line]
+    found = torch.zeros(len(place), columns, dtype=torch.bool, device=plan.device)
+    found[line, lists.ids[at].long()] = True
+    return found.view(plan.mask_heads, len(tiles), columns)
 
 
 def head_densities(plan: TilePlan) -> list[float]:
-    """`plan.density()` of each mask head of a plan for one sequence: the same definition, one head at a time. Their mean is
-    `plan.density()`. Waits for the device."""
-    found = []
-    for head in range(plan.mask_heads):
-        one = slice(head, head + 1)
-        columns, intervals = plan.token_columns, plan.row_intervals
-        found.append(
-            replace(
-                plan,
-                head_class=plan.head_class[:, one],
-                full=_rows_of(plan.full, head, plan.n_q_tiles),
-                partial=_rows_of(plan.partial, head, plan.n_q_tiles),
-                sink=plan.sink[:, one],
-                recent=plan.recent[:, one],
-                kinds=frozenset({HeadClass(int(plan.head_class[0, head]))}),
-                token_columns=None if columns is None else _rows_of(columns, head, plan.n_q_tiles),
-                row_intervals=None if intervals is None else intervals[:, one],
-            ).density()
-        )
+    """`plan.density()` of each mask head of a plan for one sequence: the same definition, by head. Their mean is
+    `plan.density()`. Counted on the plan's device, which is waited for at the end and once a list."""
+    n, m, n_q = plan.n_rows, plan.n_keys, plan.n_q_tiles
+    past, device = m - n, plan.device
+    class_ = plan.head_class[0]
+    budget = torch.where(class_ == HeadClass.STREAMING, plan.sink[0].long() + plan.recent[0].long(), m)
+    by_rule = causal_pairs(torch.full_like(budget, past), torch.full_like(budget, m - 1), budget)
+    kept = torch.where((class_ == HeadClass.STREAMING) | (class_ == HeadClass.DENSE), by_rule, 0)
+    first = torch.arange(n_q, device=device) * plan.block_q
+    last = (first + plan.block_q).clamp(max=n) - 1
+    for lists in (plan.full, plan.partial):
+        row, tile = lists.entries()
+        start = tile * plan.block_k
+        width = (start + plan.block_k).clamp(max=m) - start
+        shift = past - start
+        kept = kept.index_add(0, row // n_q, causal_pairs(first[row % n_q] + shift, last[row % n_q] + shift, width))
+    if plan.token_columns is not None:
+        kept = kept + (plan.token_columns.counts().view(-1, n_q) * (last + 1 - first)).sum(1)
+    if plan.row_intervals is not None:
+        lengths = plan.row_intervals[0].long().diff(dim=-1).sum((-1, -2))
+        kept = torch.where(class_ == HeadClass.INTERVAL, lengths, kept)
+    found: list[float] = (kept.double() / (n * past + n * (n + 1) // 2)).tolist()
     return found
-
-
-def _rows_of(lists: TileLists, head: int, n_q: int) -> TileLists:
-    offsets = lists.offsets[head * n_q : (head + 1) * n_q + 1]
-    return TileLists(offsets - offsets[0], lists.ids[int(offsets[0]) : int(offsets[-1])])
 
 
 def kl_divergence(dense: Tensor, other: Tensor) -> float:

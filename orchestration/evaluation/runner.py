@@ -36,11 +36,11 @@ class Grid:
     Attributes:
         methods, tasks: each `name` or `name:key=value,...`. Dense is added in front where it is not among the methods.
         lengths: prompt tokens.
-        seeds: prompts of each task and length: seeds 0 to seeds - 1.
+        seeds: prompts of each task and length: seeds first_seed to first_seed + seeds - 1.
         depths: shares of the prompt at which evidence is put, each with every seed; empty = one depth a seed, drawn from it.
             Only for tasks whose evidence lies at one place.
         chunk_tokens: prefill in chunks of so many tokens (methods that cannot be chunked are not); 0 = in one pass.
-        measured_seeds: seeds of which attention is measured layer by layer, in a second prefill.
+        measured_seeds: attention is measured layer by layer, in a second prefill, for seeds below this.
         n_rows: query rows it is measured on.
         map_at: (layer, query head) whose attention map is kept of the first task's first prompt; None = the middle layer's
             first head.
@@ -55,6 +55,7 @@ class Grid:
     measured_seeds: int = 1
     n_rows: int = 64
     map_at: tuple[int, int] | None = None
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.lengths:
@@ -108,6 +109,9 @@ class Evaluation:
     Args:
         on_progress: called with (cells done, cells, what comes now) before each cell, and at the end.
         on_cell: called with the record of each cell that this run finished.
+        share: (i, n): of the grid's prompts, ordered by seed, the i-th and every n-th after it. Several processes evaluate a grid
+            between them, each in a folder of its own; all seeds of a length and task are spread over them.
+        is_timed: False = nobody will look at times (several processes use one device, say): nothing is run twice to warm up.
 
     Raises:
         UnknownName: no such method or task. InvalidRequest: a wrong parameter, or a length too short for a task.
@@ -118,11 +122,15 @@ class Evaluation:
     grid: Grid
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None
     on_cell: Callable[[Record], None] = lambda record: None
+    share: tuple[int, int] = (0, 1)
+    is_timed: bool = True
     _warm: set[tuple[str, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.entrants = list(self._entrants())
         self.cells = list(self._cells())
+        if self.share != (0, 1):
+            self.cells = sorted(self.cells, key=lambda cell: cell.seed)[self.share[0] :: self.share[1]]
         spec, grid = self.model.spec, self.grid
         self._map_at = grid.map_at or (spec.n_layers // 2, 0)
         if not (0 <= self._map_at[0] < spec.n_layers and 0 <= self._map_at[1] < spec.n_q_heads):
@@ -132,7 +140,7 @@ class Evaluation:
             )
         for length in (min(grid.lengths), max(grid.lengths)):  # said before anything is computed
             for cell in self.cells:
-                if cell.length == length and cell.seed == 0:
+                if self.share[0] == 0 and cell.length == length and cell.seed == grid.first_seed:
                     self._prompt(cell)
 
     def run(self, out: Path, *, resume: bool = False) -> list[Record]:
@@ -164,7 +172,7 @@ class Evaluation:
                     record = self._record(cell, entrant, key, prompt)
                     try:
                         result = self._run(cell, entrant, prompt, dense)
-                    except Unsupported as error:
+                    except (Unsupported, ContextTooLong) as error:
                         if entrant.label == CONTROL:
                             raise
                         record["unsupported"] = str(error)
@@ -183,7 +191,8 @@ class Evaluation:
         chunk = self.grid.chunk_tokens
         measured = cell.seed < self.grid.measured_seeds
         try:
-            self._warm_up(cell, entrant, prompt)
+            if self.is_timed:
+                self._warm_up(cell, entrant, prompt)
             return run_cell(
                 self.model, cell.task, prompt, entrant.method, dense_logits=dense, chunk_tokens=chunk,
                 n_rows=self.grid.n_rows if measured else 0, map_at=self._map_at if cell.is_first else None,
@@ -224,7 +233,7 @@ class Evaluation:
         for length in sorted(set(grid.lengths)):
             for place, (label, task) in enumerate(chosen.items()):
                 depths: Sequence[float | None] = grid.depths if grid.depths and task.has_depth else (None,)
-                for seed in range(grid.seeds):
+                for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
                     for depth in depths:
                         first = place == 0 and seed == 0 and depth == depths[0] and not grid.chunk_tokens
                         yield Cell(label, task, length, seed, depth, first)

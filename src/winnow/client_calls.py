@@ -112,7 +112,7 @@ def with_recall(prefill: Method, recall: float | None, session_id: str = "", *, 
         return prefill
     if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0.0 < recall <= 1.0:
         raise InvalidRequest(
-            f"{label}: must be a number in (0, 1], got {recall!r:.40}; 1 keeps all attention mass, 0.98 is a good start"
+            f"{label}: must be a number in (0, 1], got {recall!r:.40}; 1 keeps all attention mass, 0.99 is a good start"
         )
     if session_id:
         raise InvalidRequest(f"{label}: the session's text was read when it was opened; give it there, and leave it out here")

@@ -39,8 +39,8 @@ from winnow.workers.prefill.base import prefill_methods
 LAYER = LayerSpec(0, 9, 3, 64, 64**-0.5)
 CONTROL = "dense (torch's fused CPU attention)"
 SPECS = (
-    "flexprefill", "xattention", "xattention:stride=16", "prism", "flashprefill", "flashprefill:dense_tail=0", "recall",
-    "recall:recall=0.9", "proxyattn", "dhsa", "hyperattention", "powerattention", "neighborhood",
+    "flexprefill", "xattention", "xattention:stride=16", "prism", "flashprefill", "flashprefill:dense_tail=0",
+    "recall:recall=0.98", "recall:recall=0.9", "proxyattn", "dhsa", "hyperattention", "powerattention", "neighborhood",
     "minference:vertical_tokens=500,slash_tokens=500",
 )  # fmt: skip
 CHUNKS = ((2048, 8192), (2048, 16384))

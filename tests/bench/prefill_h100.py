@@ -60,7 +60,8 @@ SAMPLED_ROWS = 48
 CONTROL = "cuDNN dense"
 SPECS = (
     "flexprefill", "flexprefill:gamma=0.95", "xattention", "xattention:stride=16", "prism", "flashprefill",
-    "flashprefill:correction=true", "flashprefill:per_kv_head=true,correction=true", "recall", "recall:recall=0.95",
+    "flashprefill:correction=true", "flashprefill:per_kv_head=true,correction=true", "recall", "recall:recall=0.98",
+    "recall:recall=0.95",
     "minference", "minference:vertical_tokens=1000,slash_tokens=800", "proxyattn", "dhsa", "dhsa:mask=topk", "dhsa:mask=a",
     "dhsa:mask=vsb", "dhsa-v1:chunk_tokens=64", "hyperattention", "powerattention", "neighborhood", "duoattention",
     "seerattention:density=0.1", "sale:tau=0.004",

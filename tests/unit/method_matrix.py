@@ -63,7 +63,7 @@ def sea(params: dict[str, Any], q_heads: Sequence[int], kv_heads: Sequence[int])
         found |= {f"{name}_w": found[f"{name}_w"][maps][:, maps], f"{name}_b": found[f"{name}_b"][maps]}
     found |= {"mix_w": found["mix_w"][list(q_heads)][:, maps], "mix_b": found["mix_b"][list(q_heads)]}
     spec = ModelSpec("llama", 1, 128, 128, len(q_heads), len(kv_heads), 32, 8, 4096, (), (RopeSpec((1.0,)),), (0,))
-    tensors = {name: tensor[None] for name, tensor in found.items()}
+    tensors = {**{name: tensor[None] for name, tensor in found.items()}, "longest": torch.tensor(sizes.positions)}
     return SEA(**params).with_network(Network.of(tensors, spec, torch.device("cpu")))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +23,9 @@ from winnow.errors import CorruptBlock, Unsupported
 
 _SHIPPED = Path(__file__).parent / "calibrations"
 _FORMAT = "1"
+_SCALE = ".scale"
+_STEPS = 127
+_LEAST_STEP = 2.0**-14  # the smallest normal float16
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,41 @@ def load(method: str, fingerprint: str) -> Calibration:
     raise Unsupported(
         f"{method}: not calibrated for this model; run `winnow calibrate {method}` with it first, or pick another method"
     )
+
+
+def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Learnt parameters in a quarter of their room: those of three dimensions and more as int8 with a scale for each row.
+
+    Args:
+        tensors: [L, ...] float.
+
+    Returns:
+        By the same names int8 [L, rows, ...] and under name + ".scale" the step of each row, [L, rows] float16; smaller tensors
+        as float16. All on the CPU.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().float().cpu()
+        if tensor.dim() < 3:
+            found[name] = tensor.half()
+            continue
+        flat = tensor.flatten(2)
+        step = (flat.abs().amax(-1) / _STEPS).clamp(min=_LEAST_STEP).half()
+        codes = torch.round(flat / step.float().unsqueeze(-1)).clamp(-_STEPS, _STEPS)
+        found[name], found[name + _SCALE] = codes.to(torch.int8).view(tensor.shape), step
+    return found
+
+
+def unrounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `rounded` stored as float32, and what it did not as it is."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_SCALE):
+            continue
+        step = tensors.get(name + _SCALE)
+        wide = tensor.float() if tensor.is_floating_point() or step is not None else tensor
+        found[name] = wide if step is None else wide * step.float()[(..., *[None] * (tensor.dim() - 2))]
+    return found
 
 
 @functools.lru_cache(maxsize=32)

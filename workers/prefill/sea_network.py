@@ -22,20 +22,22 @@ UPSAMPLE = 4  # from the columns of the convolutions to those of the map
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hq, D, tokens of the position table, random features, and columns of the map (T_M, a multiple of 4)."""
+    """Hq, D, longest sequence in tokens, random features, columns of the map (T_M, a multiple of 4), and rows of the position
+    table: positions between two rows get a mix of both, so that the table does not grow with the length."""
 
     heads: int
     head_size: int
     positions: int
     features: int
     columns: int
+    knots: int = 128
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameters of one layer by name."""
         d, narrow, maps = self.head_size, self.columns // UPSAMPLE, CHANNELS * self.heads
         return {
             "features": (self.features, d),
-            "positions": (self.positions, d),
+            "positions": (self.knots, d),
             "encode_w": (2 * d, 3 * d),
             "encode_b": (2 * d,),
             "encode_norm": (2, 2 * d),
@@ -66,7 +68,7 @@ class Sizes:
                 found[name] = torch.randn(shape, generator=gen) / math.sqrt(math.prod(shape[1:]))
         found["features"] = _orthogonal(self.features, self.head_size, gen)
         identity = torch.eye(self.head_size)[None]  # a position is first told by the neighbouring two of D marks
-        found["positions"] = F.interpolate(identity, self.positions, mode="linear")[0].T.contiguous()
+        found["positions"] = F.interpolate(identity, self.knots, mode="linear")[0].T.contiguous()
         found["gate_b"] = torch.tensor([4.0, 2.0])  # begin near the sparse attention alone
         return found
 
@@ -82,21 +84,21 @@ class Carry:
 
 
 def draw_map(
-    p: Mapping[str, Tensor], q: Tensor, k: Tensor, first: int, scale: float, carry: Carry | None = None
+    p: Mapping[str, Tensor], q: Tensor, k: Tensor, first: int, scale: float, longest: int, carry: Carry | None = None
 ) -> tuple[Tensor, Tensor, Carry]:
     """Estimate where each query looks.
 
     Args:
         p: parameters of one layer, see `Sizes.shapes`, float32 on q's device.
         q: [B, Hq, N, D]. k: [B, Hkv, N, D], of the same N tokens. Both post-RoPE, any float dtype.
-        first: position of the first of them. scale: the layer's factor on q.k.
+        first: position of the first of them. scale: the layer's factor on q.k. longest: `Sizes.positions`.
         carry: of the rows before; None = there are none, or nothing is known of them.
 
     Returns:
         log_map [B, Hq, N, columns] float32, logarithms of probabilities: column c of the row at position p stands for the keys
         [c, c + 1) (p + 1) / columns; gates [B, Hq, N, 2] float32 before their sigmoid; and the carry for what follows.
     """
-    attended, sums = _linear_attention(p, q.float(), k.float(), first, scale, carry.sums if carry is not None else None)
+    attended, sums = _linear_attention(p, q.float(), k.float(), first, scale, longest, carry.sums if carry is not None else None)
     own = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
     encoded = F.linear(torch.cat((attended, own), -1), p["encode_w"], p["encode_b"])
     encoded = F.gelu(F.layer_norm(encoded, encoded.shape[-1:], p["encode_norm"][0], p["encode_norm"][1]))
@@ -112,22 +114,22 @@ def draw_map(
     return log_map, gates, Carry(sums, first_tail, second_tail)
 
 
-def key_sums(p: Mapping[str, Tensor], k: Tensor, scale: float) -> Tensor:
+def key_sums(p: Mapping[str, Tensor], k: Tensor, scale: float, longest: int) -> Tensor:
     """The sums of `Carry` over the keys k [B, Hkv, M, D] of positions 0 .. M - 1: all that can be known of rows whose queries
-    are gone."""
+    are gone. p, scale, longest: as `draw_map`."""
     phi = _phi(k.float(), p["features"], scale)
-    return torch.einsum("bhnf,bhnd->bhfd", phi, _values(p, k.float(), 0))
+    return torch.einsum("bhnf,bhnd->bhfd", phi, _values(p, k.float(), 0, longest))
 
 
 def _linear_attention(
-    p: Mapping[str, Tensor], q: Tensor, k: Tensor, first: int, scale: float, before: Tensor | None
+    p: Mapping[str, Tensor], q: Tensor, k: Tensor, first: int, scale: float, longest: int, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with the kernel phi(q) . phi(k): [B, Hq, N, 2 D] over position marks and keys; and the sums after."""
     batch, hq, n, _ = q.shape
     hkv, pad = k.shape[1], -q.shape[2] % _SCAN
     phi_q = F.pad(_phi(q, p["features"], scale), (0, 0, 0, pad)).unflatten(2, (-1, _SCAN)).unflatten(1, (hkv, -1))
     phi_k = F.pad(_phi(k, p["features"], scale), (0, 0, 0, pad)).unflatten(2, (-1, _SCAN))
-    values = F.pad(_values(p, k, first), (0, 0, 0, pad)).unflatten(2, (-1, _SCAN))
+    values = F.pad(_values(p, k, first, longest), (0, 0, 0, pad)).unflatten(2, (-1, _SCAN))
     chunks = torch.einsum("bhcnf,bhcnd->bhcfd", phi_k, values)
     start = chunks.new_zeros(batch, hkv, 1, *chunks.shape[3:]) if before is None else before.unsqueeze(2)
     sums = torch.cat((start, chunks), 2).cumsum(2)  # [B, Hkv, chunks + 1, F, 2 D + 1]
@@ -142,9 +144,10 @@ def _phi(x: Tensor, features: Tensor, scale: float) -> Tensor:
     return F.relu(F.linear(x * math.sqrt(scale), features)) + _EPS
 
 
-def _values(p: Mapping[str, Tensor], k: Tensor, first: int) -> Tensor:
+def _values(p: Mapping[str, Tensor], k: Tensor, first: int, longest: int) -> Tensor:
     """[B, Hkv, N, 2 D + 1]: position marks, keys, and ones, which count the kernel's mass."""
-    marks = p["positions"][first : first + k.shape[2]].expand(*k.shape[:2], -1, -1)
+    marks = F.interpolate(p["positions"].T[None], longest, mode="linear")[0].T[first : first + k.shape[2]]
+    marks = marks.expand(*k.shape[:2], -1, -1)
     return torch.cat((marks, k, torch.ones_like(k[..., :1])), -1)
 
 

@@ -81,7 +81,7 @@ def test_errors_are_json_too_with_json(winnow: Winnow) -> None:
         (["generate", "q", "--temperature", "nan"], ["sampling.temperature", "[0.0, 10.0]"]),
         (["generate", "q", "--top-p", "0"], ["sampling.top_p"]),
         (["generate", "q", "--max-tokens", "0"], ["sampling.max_tokens"]),
-        (["generate", "q", "--recall", "1.5"], ["--recall", "(0, 1]", "1.5", "0.98"]),
+        (["generate", "q", "--recall", "1.5"], ["--recall", "(0, 1]", "1.5", "0.99"]),
         (["generate", "q", "--recall", "0.9", "--prefill", "xattention"], ["--recall", "xattention", "leave one of them out"]),
         (["generate", "q", "--recall", "0.9", "--session", "s"], ["--recall", "when it was opened"]),
         (["generate", "q", "--file", "missing.txt"], ["--file", "No such file"]),

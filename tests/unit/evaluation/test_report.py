@@ -100,6 +100,13 @@ def test_every_picture_is_svg_with_a_text_for_those_who_cannot_see_it(written: t
         assert b"http" not in re.sub(rb'xmlns(:\w+)?="[^"]*"', b"", data)
 
 
+def test_a_heat_map_has_no_panel_for_a_method_that_was_not_given_the_task(records: list[Record]) -> None:
+    methods = ["dense", *FLEX]
+    some = [r for r in records if (r["task"], r["method"]) != ("needle", FLEX[0])]
+    panels = [len(figures.needle_map(some, methods, task).axes) - 1 for task in ("needle", "key-value")]  # less the colour bar
+    assert panels == [2, 3]
+
+
 def test_json_holds_the_rows_and_the_cells(written: tuple[Path, Path], records: list[Record], tiny: LoadedModel) -> None:
     data = json.loads(written[0].read_text())
     assert data["environment"] == environment(tiny)

@@ -31,6 +31,7 @@ class Refusing(PrefillMethod):
     caps = Capabilities()
     name = "refusing"
     from_tokens: int = 0
+    is_length: bool = False
 
     def bind(self, model: LoadedModel) -> PrefillMethod:
         if not self.from_tokens:
@@ -39,7 +40,7 @@ class Refusing(PrefillMethod):
 
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
         if q.shape[2] >= self.from_tokens:
-            raise Unsupported(f"refusing: not for {q.shape[2]} tokens")
+            raise (ContextTooLong if self.is_length else Unsupported)(f"refusing: not for {q.shape[2]} tokens")
         return None
 
 
@@ -118,20 +119,32 @@ def test_a_method_can_be_added_later(tiny: LoadedModel, tmp_path: Path) -> None:
     assert by_place == {(r["method"], r["seed"]): timeless(r) for r in together}
 
 
-def test_a_method_that_cannot_run_is_recorded_and_the_rest_goes_on(tiny: LoadedModel, tmp_path: Path, refusing: None) -> None:
-    grid = replace(GRID, methods=("refusing", "refusing:from_tokens=600", FLEX), tasks=("needle",), seeds=1)
+@pytest.mark.parametrize("is_length", ["false", "true"])
+def test_a_method_that_cannot_run_is_recorded_and_the_rest_goes_on(
+    tiny: LoadedModel, tmp_path: Path, refusing: None, is_length: str
+) -> None:
+    late = f"refusing:from_tokens=600,is_length={is_length}"
+    grid = replace(GRID, methods=("refusing", late, FLEX), tasks=("needle",), seeds=1)
     records = run(tiny, tmp_path / "out", grid)
     assert [(r["method"], r["length"], r.get("unsupported")) for r in records] == [
         ("dense", 500, None),
         ("refusing", 500, "refusing: not calibrated for this model"),
-        ("refusing:from_tokens=600", 500, None),
+        (late, 500, None),
         (FLEX, 500, None),
         ("dense", 700, None),
         ("refusing", 700, "refusing: not calibrated for this model"),
-        ("refusing:from_tokens=600", 700, "refusing: not for 700 tokens"),
+        (late, 700, "refusing: not for 700 tokens"),
         (FLEX, 700, None),
     ]
     assert records[2]["kl"] == 0.0
+
+
+def test_seeds_begin_where_they_are_told(tiny: LoadedModel, tmp_path: Path) -> None:
+    grid = replace(GRID, methods=(), lengths=(500,), tasks=("perplexity",), seeds=4, measured_seeds=2)
+    whole = {r["seed"]: r for r in run(tiny, tmp_path / "whole", grid)}
+    later = run(tiny, tmp_path / "later", replace(grid, seeds=2, first_seed=1))
+    assert [(r["seed"], r["measured"] is not None) for r in later] == [(1, True), (2, False)]
+    assert all(timeless(r) == timeless(whole[r["seed"]]) for r in later)
 
 
 def test_the_later_of_two_calibrations_counts(tiny: LoadedModel, tmp_path: Path, refusing: None) -> None:
@@ -142,7 +155,7 @@ def test_the_later_of_two_calibrations_counts(tiny: LoadedModel, tmp_path: Path,
         patch.setattr(Refusing, "calibration_id", "abc")
         records = run(tiny, tmp_path / "out", grid, resume=True)
     assert [(r["method"], r["method_id"], "unsupported" in r) for r in records] == [
-        ("dense", "dense@1", False), ("refusing", "refusing:from_tokens=0@1abc", False),
+        ("dense", "dense@1", False), ("refusing", "refusing:from_tokens=0,is_length=False@1abc", False),
     ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ def network(sizes: Sizes = SIZES, gates: tuple[float, float] = (4.0, 2.0)) -> Ne
     layers = [sizes.initial(seed) for seed in (1, 2)]
     tensors = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     tensors["gate_b"] = torch.tensor([gates, gates])
+    tensors["longest"] = torch.tensor(sizes.positions)
     return Network.of(tensors, SPEC, torch.device("cpu"))
 
 
@@ -137,7 +138,7 @@ def test_with_frozen_weights_the_future_changes_nothing(at: int) -> None:
     x, other = s7_mixture(Shape(300, 300), 4), s7_mixture(Shape(300, 300), 5)
     y = Workload(*(torch.cat((a[:, :, :at], b[:, :, at:]), 2) for a, b in ((x.q, other.q), (x.k, other.k), (x.v, other.v))))
     p = network().layer(1)
-    for a, b in zip(draw_map(p, x.q, x.k, 0, 0.2)[:2], draw_map(p, y.q, y.k, 0, 0.2)[:2], strict=True):
+    for a, b in zip(draw_map(p, x.q, x.k, 0, 0.2, 700)[:2], draw_map(p, y.q, y.k, 0, 0.2, 700)[:2], strict=True):
         torch.testing.assert_close(a[:, :, :at], b[:, :, :at], atol=1e-5, rtol=1e-5)
         assert not torch.equal(a[:, :, at:], b[:, :, at:])
     sea = method()
@@ -151,17 +152,17 @@ def test_with_frozen_weights_the_future_changes_nothing(at: int) -> None:
 def test_a_map_drawn_piece_by_piece_with_its_carry_is_the_whole_map(borders: list[int]) -> None:
     x = s7_mixture(Shape(300, 300), 6)
     p = network().layer(0)
-    whole, whole_gates, last = draw_map(p, x.q, x.k, 0, LAYER.scale)
+    whole, whole_gates, last = draw_map(p, x.q, x.k, 0, LAYER.scale, 700)
     carry, maps, gates = None, [], []
     for start, stop in itertools.pairwise(borders):
-        log_map, gate, carry = draw_map(p, x.q[:, :, start:stop], x.k[:, :, start:stop], start, LAYER.scale, carry)
+        log_map, gate, carry = draw_map(p, x.q[:, :, start:stop], x.k[:, :, start:stop], start, LAYER.scale, 700, carry)
         maps.append(log_map)
         gates.append(gate)
     torch.testing.assert_close(torch.cat(maps, 2), whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.cat(gates, 2), whole_gates, atol=1e-4, rtol=1e-4)
     assert carry is not None
     torch.testing.assert_close(carry.sums, last.sums, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(key_sums(p, x.k, LAYER.scale), last.sums, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(key_sums(p, x.k, LAYER.scale, 700), last.sums, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(whole.exp().sum(-1), torch.ones(1, HEADS, 300))
 
 
@@ -173,11 +174,15 @@ def test_linear_attention_is_its_definition() -> None:
         return torch.relu(z.double() * math.sqrt(LAYER.scale) @ p["features"].double().T) + 1e-3
 
     weights = (phi(x.q) @ phi(x.k).repeat_interleave(2, 1).transpose(-1, -2)).tril()
-    values = torch.cat((p["positions"][:150].double().expand(1, 2, -1, -1), x.k.double()), -1).repeat_interleave(2, 1)
+    table = p["positions"].double()  # 128 rows for 700 positions, straight lines between the rows' middles
+    place = ((torch.arange(150) + 0.5) * 128 / 700 - 0.5).clamp(min=0).double()
+    low, share = place.floor().long(), (place - place.floor())[:, None]
+    marks = (1 - share) * table[low] + share * table[(low + 1).clamp(max=127)]
+    values = torch.cat((marks.expand(1, 2, -1, -1), x.k.double()), -1).repeat_interleave(2, 1)
     attended = (weights / weights.sum(-1, keepdim=True)) @ values
     encoded = torch.cat((attended.float(), x.k.repeat_interleave(2, 1)), -1) @ p["encode_w"].T + p["encode_b"]
     encoded = torch.nn.functional.gelu(torch.nn.functional.layer_norm(encoded, (2 * D,)))
-    _, gates, _ = draw_map(p, x.q, x.k, 0, LAYER.scale)
+    _, gates, _ = draw_map(p, x.q, x.k, 0, LAYER.scale, 700)
     torch.testing.assert_close(gates, encoded @ p["gate_w"].T + p["gate_b"], atol=1e-4, rtol=1e-4)
 
 
@@ -186,6 +191,7 @@ def test_slabs_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gen = torch.Generator().manual_seed(8)
     q, k = torch.randn(1, 2, 2500, 8, generator=gen), torch.randn(1, 1, 2600, 8, generator=gen)
     tensors = {name: tensor[None] for name, tensor in sizes.initial(3).items()}
+    tensors["longest"] = torch.tensor(2600)
     spec = ModelSpec("llama", 1, 16, 16, 2, 1, 8, 8, 4096, (), (RopeSpec((1.0,)),), (0,))
     sea = SEA(k=4).with_network(Network.of(tensors, spec, torch.device("cpu")))
     layer = LayerSpec(0, 2, 1, 8, 1 / math.sqrt(8))
@@ -225,11 +231,14 @@ def test_what_it_was_not_trained_for_is_refused() -> None:
     assert method().plan(x.q[:, :, :100], x.k[:, :, :100], LayerSpec(0, HEADS, 2, D, 1.0, window=50)) is None
 
 
-@pytest.mark.parametrize("change", ["missing", "shape", "layers"])
+@pytest.mark.parametrize("change", ["missing", "length", "shape", "layers"])
 def test_a_calibration_that_does_not_fit_is_refused(change: str) -> None:
-    tensors = dict(network().tensors)
+    tensors = {**network().tensors, "longest": torch.tensor(700)}
+    assert Network.of(tensors, SPEC, torch.device("cpu")).sizes == SIZES
     if change == "missing":
         del tensors["conv1_w"]
+    elif change == "length":
+        del tensors["longest"]
     elif change == "shape":
         tensors["encode_w"] = tensors["encode_w"][:, :, :-1]
     else:

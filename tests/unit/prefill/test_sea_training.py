@@ -51,6 +51,7 @@ def test_cells_hold_the_dense_models_mass_and_the_plan_reads_the_same_keys(
     x = s7_mixture(Shape(150, 150), 1)
     layer = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32), softcap=softcap)
     tensors = {name: tensor[None] for name, tensor in sea.Sizes(4, 32, 150, 20, 16).initial(0).items()}
+    tensors["longest"] = torch.tensor(150)
     spec = ModelSpec("llama", 1, 128, 128, 4, 2, 32, 8, 4096, (), (RopeSpec((1.0,)),), (0,))
     method = SEA(k=6).with_network(Network.of(tensors, spec, torch.device("cpu")))
     assert method.network is not None

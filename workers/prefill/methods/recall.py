@@ -55,7 +55,7 @@ class Recall(PrefillMethod):
         fallback="dense",
         notes="per head, the fewest tiles that keep a wanted share of the attention mass, by exact attention of sampled rows",
     )
-    recall: float = 0.98
+    recall: float = 0.99
     rows: int = 64
     confidence: float = 1.0
     stride: int = 4
@@ -65,7 +65,7 @@ class Recall(PrefillMethod):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.recall <= 1.0:
-            raise InvalidRequest(f"recall: recall must be in (0, 1], got {self.recall}; 0.98 is the default, 1 keeps everything")
+            raise InvalidRequest(f"recall: recall must be in (0, 1], got {self.recall}; 0.99 is the default, 1 keeps everything")
         if self.rows < 8:
             raise InvalidRequest(f"recall: rows must be 8 or more, got {self.rows}; fewer say nothing about a head")
         if not 0.0 <= self.confidence < float("inf"):

@@ -38,14 +38,17 @@ class Network:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], spec: ModelSpec, device: torch.device, digest: str = "") -> Network:
-        """From a calibration's tensors, any float dtype.
+        """From a calibration's tensors: those of `Sizes.shapes`, rounded by `calibration.rounded` or any float dtype, and
+        "longest" [], the length they were trained for.
 
         Raises:
             CorruptBlock: one is missing or does not fit the model.
         """
+        tensors = calibration.unrounded(tensors)
         try:
-            positions, features = (tensors[name].shape[1] for name in ("positions", "features"))
-            sizes = Sizes(spec.n_q_heads, spec.head_size, positions, features, tensors["map_norm"].shape[2])
+            knots, features = (tensors[name].shape[1] for name in ("positions", "features"))
+            longest, columns = int(tensors["longest"]), tensors["map_norm"].shape[2]
+            sizes = Sizes(spec.n_q_heads, spec.head_size, longest, features, columns, knots)
             fits = sizes.columns % UPSAMPLE == 0 and all(
                 tensors[name].shape == (spec.n_layers, *shape) for name, shape in sizes.shapes().items()
             )
@@ -77,6 +80,8 @@ class SEA(PrefillMethod):
     descriptions of the published code, which has no licence. Everything but the model is new parameters: `winnow calibrate sea`
     distils them from the dense model. Deviations:
     - a plan is made before values are looked at: where the network has values it gets keys;
+    - the table of position marks has few rows, with straight lines between them, whatever the longest prompt; published: a row
+      for each position;
     - convolutions are causal (kernel 3, dilation 2, over this token and earlier ones), so a row depends on what precedes it only;
     - heads that share keys share them here too; the published code needs equally many query and KV heads;
     - a row always reads its own key, so no head is empty; `sink` more from the start on request;
@@ -179,13 +184,13 @@ class SEA(PrefillMethod):
         batch, hq, n, d = q.shape
         past, p = k.shape[2] - n, network.layer(layer.idx)
         maps = torch.zeros(batch, 2 * hq, 4, network.sizes.columns // UPSAMPLE, device=q.device)
-        carry = Carry(key_sums(p, k[:, :, :past], layer.scale), maps, maps)
+        carry = Carry(key_sums(p, k[:, :, :past], layer.scale, network.sizes.positions), maps, maps)
         step = max(1024, scoring.SLAB_BYTES // (4 * batch * hq * (8 * d + 8 * network.sizes.columns)))
         cells, gates = [], []
         for start in range(0, n, step):
             stop = min(n, start + step)
             rows, keys = q[:, :, start:stop], k[:, :, past + start : past + stop]
-            log_map, gate, carry = draw_map(p, rows, keys, past + start, layer.scale, carry)
+            log_map, gate, carry = draw_map(p, rows, keys, past + start, layer.scale, network.sizes.positions, carry)
             cells.append(self.choose(log_map, torch.arange(past + start, past + stop, device=q.device)))
             gates.append(gate)
         return torch.cat(cells, 2), torch.cat(gates, 2)

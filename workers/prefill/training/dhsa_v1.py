@@ -103,6 +103,8 @@ def calibrate(
 
     unseen = read_examples(model, chosen, seed, state, report, held_out=True)
     seen = read_examples(model, chosen, seed, state, lambda done: report(chosen.held_out + done), held_out=False)
+    device = model.decoder.device
+    unseen, seen = ({name: tensor.to(device) for name, tensor in examples.items()} for examples in (unseen, seen))
     trainee = Trainee(seen, stacks, chosen, seed)
     before = measure(trainee, unseen)
     train(trainee, seen, chosen, seed, state, lambda step: report(n_read + step // _STEPS_A_UNIT))
@@ -217,7 +219,8 @@ class Trainee:
     def __init__(self, seen: Example, stacks: int, chosen: Options, seed: int) -> None:
         """
         Args:
-            seen: as `read_examples`; its keys set mean and deviation, its labels the weight of borders.
+            seen: as `read_examples`, where the predictors shall be; its keys set mean and deviation, its labels the weight of
+                borders.
         """
         keys, labels = seen["keys"], seen["labels"]
         gen = torch.Generator().manual_seed(seed)
@@ -230,7 +233,7 @@ class Trainee:
             start = torch.zeros(stacks, *shape)
             if not name.endswith("bias"):
                 start = torch.ones_like(start) if name == "norm" else torch.randn(start.shape, generator=gen) / shape[0] ** 0.5
-            self.params[name] = start.requires_grad_()
+            self.params[name] = start.to(keys.device).requires_grad_()
 
     @property
     def stacks(self) -> int:
@@ -250,29 +253,33 @@ class Trainee:
 def train(
     trainee: Trainee, seen: Example, chosen: Options, seed: int, state: TrainingState | None, report: Callable[[int], None]
 ) -> None:
-    """Adam over all gaps in random order; goes on where `state` stopped. A step takes gaps of one predictor. Mutates it."""
+    """Adam over all gaps in random order, on the trainee's device, where `seen` lies too; goes on where `state` stopped. A step
+    takes gaps of one predictor. Mutates it."""
     keys, labels = seen["keys"], seen["labels"]
     n_passages, n_layers, n_gaps = labels.shape
     params = list(trainee.params.values())
     optimizer = torch.optim.Adam(params, lr=chosen.rate)
     piece = state.read("predictors") if state is not None else None
     done = unpack(piece, params, optimizer) if piece is not None else 0
-    gaps = usable_gaps(keys.shape[2], chosen.reach)
+    gaps = usable_gaps(keys.shape[2], chosen.reach).to(keys.device)
+    near = torch.arange(-chosen.reach, chosen.reach, device=keys.device)
     per_stack = n_passages * n_layers * n_gaps // trainee.stacks
     steps = -(-per_stack // chosen.batch)  # of an epoch
     mean, deviation = trainee.mean, trainee.deviation
     for step in range(done, chosen.epochs * steps):
         gen = torch.Generator().manual_seed(seed * 1_000_003 + step // steps)  # of its own, so that a resumed run draws the same
         order = torch.randperm(per_stack, generator=gen)[step % steps * chosen.batch : (step % steps + 1) * chosen.batch]
+        order = order.to(keys.device)
         optimizer.zero_grad()
         for stack in range(trainee.stacks):
-            layers = torch.tensor([stack] if trainee.stacks > 1 else range(n_layers))
+            layers = torch.tensor([stack] if trainee.stacks > 1 else range(n_layers), device=keys.device)
             passage, rest = order // (len(layers) * n_gaps), order % (len(layers) * n_gaps)
             layer, gap = layers[rest // n_gaps], rest % n_gaps
-            at = gaps[gap][:, None] + torch.arange(-chosen.reach, chosen.reach)
+            at = gaps[gap][:, None] + near
             windows = (keys[passage[:, None], layer[:, None], at].float() - mean[layer, None]) / deviation[layer, None]
-            blank = BorderPredictor(trainee.predictor(stack).params, torch.zeros(()), torch.ones(()), chosen.reach)
-            scores = blank.window_scores(windows, torch.ones(at.shape, dtype=torch.bool))
+            zero, one = windows.new_zeros(()), windows.new_ones(())
+            blank = BorderPredictor(trainee.predictor(stack).params, zero, one, chosen.reach)
+            scores = blank.window_scores(windows, torch.ones_like(at, dtype=torch.bool))
             focal_loss(scores, labels[passage, layer, gap], trainee.positive).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         report(step + 1)
@@ -291,17 +298,17 @@ class Figures:
 
 @torch.no_grad()
 def measure(trainee: Trainee, unseen: Example) -> Figures:
-    """Figures on the examples of `read_examples`."""
+    """Figures on the examples of `read_examples`, on the trainee's device."""
     keys, labels = unseen["keys"], unseen["labels"]
-    gaps = usable_gaps(keys.shape[2], trainee.reach)
+    gaps = usable_gaps(keys.shape[2], trainee.reach).to(keys.device)
     found: list[Tensor] = []
     for one in keys:
         for layer, text in enumerate(one):
             found.append(trainee.predictor(layer).scores(text)[gaps])
     scores, flat = torch.cat(found), labels.flatten()
-    return Figures(
-        float(focal_loss(scores, flat, trainee.positive)), roc_area(scores, flat > 0.5), float((flat > 0.5).float().mean())
-    )
+    is_border = flat > 0.5
+    loss = float(focal_loss(scores, flat, trainee.positive))
+    return Figures(loss, roc_area(scores.cpu(), is_border.cpu()), float(is_border.float().mean()))
 
 
 def roc_area(scores: Tensor, is_border: Tensor) -> float:

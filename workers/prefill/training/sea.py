@@ -14,6 +14,7 @@ from torch import Tensor
 from winnow.errors import ContextTooLong, Unsupported
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
+from winnow.workers.prefill import calibration
 from winnow.workers.prefill.methods.sea import SEA, cell_edges, running_mean
 from winnow.workers.prefill.scoring import logits_of
 from winnow.workers.prefill.sea_network import UPSAMPLE, Sizes, draw_map
@@ -42,6 +43,7 @@ class Options:
         held_out: passages to measure on.
         k: keys per head and row that the context's loss is about.
         columns: of the map, a multiple of 4. factor: random features are D ln D / factor.
+        knots: rows of the position table.
     """
 
     tokens: int = 2048
@@ -52,12 +54,13 @@ class Options:
     k: int = 64
     columns: int = 128
     factor: int = 8
+    knots: int = 128
 
     def __post_init__(self) -> None:
         need(_METHOD, self.tokens >= 64, "tokens must be at least 64", self.tokens)
         need(_METHOD, self.steps >= 0, "steps must be 0 or more", self.steps)
         need(_METHOD, self.rate > 0.0, "rate must be above 0", self.rate)
-        for name in ("rows", "held_out", "k", "factor"):
+        for name in ("rows", "held_out", "k", "factor", "knots"):
             need(_METHOD, getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         whole = self.columns >= UPSAMPLE and self.columns % UPSAMPLE == 0
         need(_METHOD, whole, f"columns must be a multiple of {UPSAMPLE} (128 and 256 are published)", self.columns)
@@ -75,9 +78,9 @@ def calibrate(
         options: see `Options`.
 
     Returns:
-        Each parameter of `Sizes.shapes` as [L, ...] float16, and how they were made, with figures on held-out passages before
-        and after: divergence from the dense model's cells in nats (beside that of a uniform map), share of the attention mass on
-        the keys read, and the error of the layers' outputs.
+        Each parameter of `Sizes.shapes`, [L, ...], as `calibration.rounded` stores it, and "longest"; and how they were made,
+        with figures on held-out passages before and after, of the rounded ones: divergence from the dense model's cells in nats
+        (beside that of a uniform map), share of the attention mass on the keys read, and the error of the layers' outputs.
 
     Raises:
         InvalidRequest: an option.
@@ -109,6 +112,8 @@ def calibrate(
         before = distiller.measure(model, unseen, report)
         state.write("before", before)
     train(distiller, model, chosen, seed, state, lambda step: report(chosen.held_out + step))
+    tensors = calibration.rounded(distiller.params)
+    distiller.params = {name: tensor.to(model.decoder.device) for name, tensor in calibration.unrounded(tensors).items()}
     after = distiller.measure(model, unseen, lambda done: report(chosen.held_out + chosen.steps + done))
     made = {
         "data": f"{chosen.steps} passages of {chosen.tokens} tokens, {chosen.held_out} held out, from {texts.ABOUT}",
@@ -118,7 +123,7 @@ def calibrate(
     for name in ("divergence", "recall", "context_error"):
         made |= {f"{name}_before": f"{float(before[name]):.4f}", f"{name}_after": f"{float(after[name]):.4f}"}
     state.remove()
-    return {name: tensor.detach().half().cpu() for name, tensor in distiller.params.items()}, made
+    return {**tensors, "longest": torch.tensor(chosen.tokens)}, made
 
 
 @dataclass
@@ -136,12 +141,12 @@ class Distiller:
     seed: int
     params: dict[str, Tensor] = field(init=False)
     is_learning: bool = False
-    figures: dict[str, float] = field(default_factory=dict, init=False)
+    figures: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         spec = self.model.spec
         features = max(1, round(spec.head_size * math.log(spec.head_size) / self.chosen.factor))
-        sizes = Sizes(spec.n_q_heads, spec.head_size, self.chosen.tokens, features, self.chosen.columns)
+        sizes = Sizes(spec.n_q_heads, spec.head_size, self.chosen.tokens, features, self.chosen.columns, self.chosen.knots)
         layers = [sizes.initial(self.seed * 1_000_003 + i) for i in range(spec.n_layers)]
         device = self.model.decoder.device
         self.params = {name: torch.stack([layer[name] for layer in layers]).to(device) for name in sizes.shapes()}
@@ -166,7 +171,7 @@ class Distiller:
         rows = min(self.chosen.rows, q.shape[2])
         at = torch.arange(1, rows + 1, device=q.device) * q.shape[2] // rows - 1
         with torch.set_grad_enabled(self.is_learning):
-            log_map, gates, _ = draw_map(p, q, k, 0, layer.scale)
+            log_map, gates, _ = draw_map(p, q, k, 0, layer.scale, self.chosen.tokens)
             log_map, gates, dense = (x[:, :, at] for x in (log_map, gates, dense))
             with torch.no_grad():
                 cells = self._method.choose(log_map, at)
@@ -182,8 +187,8 @@ class Distiller:
         width = edges.diff().float() / edges[:, -1:]
         uniform = (torch.special.xlogy(truth, truth) - torch.special.xlogy(truth, width)).sum(-1).mean()
         found = {"divergence": divergence, "uniform": uniform, "recall": recall, "context_error": error.detach().sqrt()}
-        for name, value in {**found, "layers": torch.ones(())}.items():
-            self.figures[name] = self.figures.get(name, 0.0) + float(value.detach())
+        for name, value in {**found, "layers": torch.ones_like(recall)}.items():
+            self.figures[name] = self.figures.get(name, 0.0) + value.detach()
 
     def measure(self, model: LoadedModel, passages: Iterable[list[int]], report: Callable[[int], None]) -> dict[str, Tensor]:
         """Means over the layers that count and the passages. Leaves no figures behind."""
@@ -192,7 +197,7 @@ class Distiller:
             read(model, ids, self)
             report(done)
         layers = self.figures.pop("layers")
-        return {name: torch.tensor(value / layers) for name, value in self.figures.items()}
+        return {name: (value / layers).cpu() for name, value in self.figures.items()}
 
 
 def read(model: LoadedModel, ids: list[int], backend: Distiller) -> None:

@@ -102,6 +102,7 @@ def calibrate(
     seen = read_examples(
         model, islice(sources[1], chosen.passages), state, lambda done: report(chosen.held_out + done), held_out=False
     )
+    seen = {name: tensor.to(model.decoder.device) for name, tensor in seen.items()}  # small beside the model's passes
     gates = Trainee(model, chosen.tokens, chosen.width, seed)
     before = measure(gates, unseen)
     train(gates, seen, chosen, seed, state, lambda step: report(n_read + step // _STEPS_A_UNIT))
@@ -206,14 +207,15 @@ class Trainee:
 
 
 def train(gates: Trainee, seen: Example, chosen: Options, seed: int, state: TrainingState, report: Callable[[int], None]) -> None:
-    """AdamW on batches drawn from `seen`; goes on where `state` stopped. Mutates the gates."""
+    """AdamW on batches drawn from `seen`, quickest where that lies on the gates' device; goes on where `state` stopped. Mutates
+    the gates."""
     params = (gates.q, gates.k)
     optimizer = torch.optim.AdamW(params, lr=chosen.rate, weight_decay=0.0)
     piece = state.read("gates")
     first = unpack(piece, params, optimizer) if piece is not None else 0
     for step in range(first, chosen.steps):
         gen = torch.Generator().manual_seed(seed * 1_000_003 + step)  # of its own, so that a resumed run draws the same
-        pick = torch.randperm(chosen.passages, generator=gen)[: chosen.batch]
+        pick = torch.randperm(chosen.passages, generator=gen)[: chosen.batch].to(seen["q"].device)
         warm = min(1.0, (step + 1) / _WARM_UP)
         for group in optimizer.param_groups:
             group["lr"] = chosen.rate * warm * 0.5 * (1 + math.cos(math.pi * step / chosen.steps))
