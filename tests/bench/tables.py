@@ -40,7 +40,11 @@ VIEWS = {
         ("density", "recall"),
     ),
     "quality": View(
-        r"quality/(\w+)/([^/]+)/(score|recall|density)", r"\2", r"\3 \1", "score over dense, recall, density, by length",
+        r"quality/(\w+)/([^/]+)/(score|recall|density)",
+        r"\2",
+        r"\3 \1",
+        "score over dense, recall, density, by length. Cells of one to three prompts, but for `recall` and `sale` (17 to 37 at "
+        "2,048): too few to tell other methods apart by score",
         ("recall", "density"),
     ),
 }  # fmt: skip

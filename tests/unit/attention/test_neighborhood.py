@@ -14,6 +14,8 @@ from torch import Tensor
 from winnow.errors import InvalidRequest
 from winnow.workers.attention.neighborhood import Axis, neighborhood_attention_2d, neighborhood_mask, tile_order
 
+pytestmark = pytest.mark.slow
+
 
 def allowed_bits(i: int, length: int, w: int, d: int, s: int, causal: bool) -> int:
     """Keys of token i as a bit mask: the published steps, one token at a time."""

@@ -18,6 +18,8 @@ from winnow.workers.prefill import calibration
 from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.training import trainer
 
+pytestmark = pytest.mark.slow
+
 Winnow = Callable[..., subprocess.CompletedProcess[str]]
 OPTIONS = {
     "seerattention": ("tokens=256", "passages=3", "held_out=1", "steps=5", "width=4"),

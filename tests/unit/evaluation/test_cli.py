@@ -16,6 +16,8 @@ from winnow.cli.evaluate import split_specs
 from winnow.errors import InvalidRequest
 from winnow.orchestration.evaluation.capture import load_capture
 
+pytestmark = pytest.mark.slow
+
 
 def winnow(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The entry point in this process, as the console script calls it."""

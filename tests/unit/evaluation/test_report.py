@@ -21,6 +21,8 @@ from winnow.orchestration.evaluation.runner import Evaluation, Grid
 from winnow.orchestration.evaluation.summary import summarise
 from winnow.workers.model.loader import LoadedModel
 
+pytestmark = pytest.mark.slow
+
 FLEX = ("flexprefill:block=32,gamma=0.5,min_budget=64", "flexprefill:block=64,gamma=0.9,min_budget=64")
 _VOID = {"meta", "img", "br"}
 

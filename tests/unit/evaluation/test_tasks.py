@@ -16,6 +16,8 @@ from winnow.orchestration.evaluation.text import filler, sentences
 from winnow.registry import parse_spec
 from winnow.workers.model.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 SPECS = (
     "needle", "needle:distractors=2", "multi-key", "multi-value", "multi-query", "tracking", "tracking:chains=2,hops=1",
     "common-words:often=4,words=3,seldom=1", "frequent-words", "key-value", "questions", "questions:kind=default", "perplexity",

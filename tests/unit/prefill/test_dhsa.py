@@ -19,6 +19,8 @@ from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.methods.dhsa import DHSA, MASKS
 from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [Shape(512, 512), Shape(700, 700), Shape(333, 801)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 each_mask = pytest.mark.parametrize("mask", MASKS)

@@ -22,6 +22,8 @@ from winnow.workers.prefill import calibration, scoring
 from winnow.workers.prefill.chunk_borders import BorderPredictor, parameter_shapes, pick_borders
 from winnow.workers.prefill.methods.dhsa_v1 import Chunks, DHSAv1, Predictors
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"budget": 160, "block": 32, "local": 32, "global_tokens": 16, "instruction": 24}
 CHANNELS = 64  # two KV heads of 32
 

@@ -32,6 +32,8 @@ from winnow.workers.prefill.training.dhsa_v1 import (
     usable_gaps,
 )
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"tokens": 96, "passages": 3, "held_out": 1, "epochs": 2, "rate": 3e-3, "batch": 64}
 
 

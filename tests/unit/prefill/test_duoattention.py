@@ -21,6 +21,8 @@ from winnow.workers.model.tiny import make_tiny_model
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.methods.duoattention import DuoAttention, HeadClasses, streaming_heads
 
+pytestmark = pytest.mark.slow
+
 LAYER = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32))
 
 

@@ -18,6 +18,8 @@ from winnow.workers.attention.executor import attend_plan
 from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 SHAPES = [Shape(256, 256), Shape(203, 203), Shape(70, 198), Shape(100, 231), Shape(1, 130)]
 SAME = torch.ones(32)

@@ -21,6 +21,8 @@ from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods import flexprefill
 from winnow.workers.prefill.methods.flexprefill import FlexPrefill
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32, 64 and 128
 EIGHT_TILES = 256  # of 32, as the default of 1,024 tokens is eight of 128; the first column and diagonal count among them
 LAYER = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32))

@@ -18,6 +18,8 @@ from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.methods.hyperattention import HyperAttention, Squares, gray_rank
 
+pytestmark = pytest.mark.slow
+
 D = 32
 LAYER = LayerSpec(3, 4, 2, D, 1 / math.sqrt(D))
 SMALL = {"block": 16, "samples": 16, "min_seq_len": 64, "tile": 16}

@@ -18,6 +18,8 @@ from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 from winnow.workers.prefill.methods.xattention import XAttention
 from winnow.workers.prefill.scoring import KeyTiles
 
+pytestmark = pytest.mark.slow
+
 N = 512
 
 

@@ -18,6 +18,8 @@ from winnow.workers.attention.plan import HeadClass, TilePlan
 from winnow.workers.attention.reference import attend_reference
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {"square": Shape(320, 320), "ragged": Shape(301, 301), "cached-prefix": Shape(150, 333), "one-row": Shape(1, 257)}
 
 each_method = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.method)

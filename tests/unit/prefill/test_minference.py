@@ -13,6 +13,8 @@ from winnow.errors import InvalidRequest
 from winnow.workers.prefill.methods.minference import MInference, tiles_of_distances
 from winnow.workers.prefill.scoring import diagonal_tiles, recent_mass
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 SHAPES = [LONG, Shape(1024, 1024), Shape(500, 1000), Shape(333, 1001)]
 SMALL = MInference(block=32, vertical_tokens=16, slash_tokens=12, sink_tokens=4, recent_tokens=8)

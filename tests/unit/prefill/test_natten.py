@@ -15,6 +15,8 @@ from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.neighborhood import Axis
 from winnow.workers.prefill.methods.natten import Neighborhood
 
+pytestmark = pytest.mark.slow
+
 LAYER = LayerSpec(0, 4, 2, 8, 1 / math.sqrt(8))
 SETTINGS = [(2, 1, 1), (40, 1, 1), (48, 1, 16), (48, 1, 24), (33, 1, 11), (32, 1, 32), (30, 2, 1), (20, 3, 5), (2, 100, 2)]
 

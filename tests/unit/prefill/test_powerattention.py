@@ -15,6 +15,8 @@ from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.methods.powerattention import PowerAttention
 
+pytestmark = pytest.mark.slow
+
 LAYER = LayerSpec(0, 2, 1, 8, 1 / math.sqrt(8))
 
 

@@ -18,6 +18,8 @@ from winnow.workers.model.spec import RopeSpec
 from winnow.workers.prefill.methods.prism import Prism, band_logits, bands
 from winnow.workers.prefill.scoring import pool_mean
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 SAME = torch.ones(32)
 D = 64

@@ -18,6 +18,8 @@ from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods.proxyattn import ProxyAttn
 from winnow.workers.prefill.scoring import forbidden_tiles, keep_top, logits_of, pool_mean
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 SHAPES = [Shape(512, 512), LONG, Shape(300, 777)]
 

@@ -24,6 +24,8 @@ from winnow.workers.prefill.methods.flexprefill import FlexPrefill
 from winnow.workers.prefill.methods.xattention import XAttention
 from winnow.workers.prefill.quality import kept_pairs, kept_shares, rows_to_measure, sample_rows
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHAPES = (Shape(333, 1003), Shape(300, 300, batch=2), Shape(1, 70), Shape(128, 256))
 

@@ -16,6 +16,8 @@ from winnow.workers.prefill.methods.recall import Recall, tile_mass
 from winnow.workers.prefill.methods.xattention import XAttention
 from winnow.workers.prefill.quality import sample_rows
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 
 

@@ -22,6 +22,8 @@ from winnow.workers.prefill import calibration, scoring
 from winnow.workers.prefill.methods.sale import BLOCK_K, BLOCK_Q, SALE
 from winnow.workers.prefill.scoring import pool_mean
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"local": 64, "segment": 64, "dense_below": 64}
 SHAPES = [Shape(512, 512), Shape(700, 700), Shape(300, 777)]
 

@@ -21,6 +21,8 @@ from winnow.workers.prefill.methods.sale import SALE
 from winnow.workers.prefill.training import trainer
 from winnow.workers.prefill.training.sale import Search, retrieval_prompt
 
+pytestmark = pytest.mark.slow
+
 LAYER = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32))
 QUICK = {"prompts": 2, "tokens": 1600, "start": 2.56, "floor": 0.02, "theta": 0.02}
 

@@ -20,6 +20,8 @@ from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods.sea import SEA, Mix, Network, cell_edges, keys_of_cells, running_mean
 from winnow.workers.prefill.sea_network import Sizes, draw_map, key_sums
 
+pytestmark = pytest.mark.slow
+
 D, HEADS, COLUMNS = 32, 4, 16
 LAYER = LayerSpec(1, HEADS, 2, D, 1 / math.sqrt(D))
 SIZES = Sizes(HEADS, D, positions=700, features=20, columns=COLUMNS)

@@ -21,6 +21,8 @@ from winnow.workers.prefill.methods.sea import SEA, Mix, Network
 from winnow.workers.prefill.training import sea, trainer
 from winnow.workers.prefill.training.sea import calibrate, read_cells
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"tokens": 192, "steps": 100, "rows": 96, "held_out": 2, "k": 16, "columns": 128, "rate": 2e-2}
 
 

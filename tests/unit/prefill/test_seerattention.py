@@ -34,6 +34,8 @@ from winnow.workers.prefill.pre_rope import PreRope
 from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles
 from winnow.workers.prefill.tile_truth import normalised, tile_probabilities
 
+pytestmark = pytest.mark.slow
+
 LAYER = LayerSpec(0, 4, 2, 32, 1 / math.sqrt(32))
 HEADS = ((0, 1, 2, 3), (0, 1))
 

@@ -19,6 +19,8 @@ from winnow.workers.prefill import calibration
 from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.training import _MODULES
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(calibration.__file__).parent / "calibrations"
 FILES = sorted(FOLDER.glob("*.safetensors"))
 LIMIT_BYTES = 2_000_000

@@ -16,6 +16,8 @@ from winnow.workers.prefill.methods.minference import MInference
 from winnow.workers.prefill.methods.prism import Prism
 from winnow.workers.prefill.methods.xattention import XAttention
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32
 METHODS = {
     "xattention": XAttention(block=32, threshold=0.6),

@@ -22,6 +22,8 @@ from winnow.workers.prefill.training.duoattention import calibrate
 from winnow.workers.prefill.training.mixed_heads import MixedHeads
 from winnow.workers.prefill.training.passkeys import WORDS, passkey_prompts
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"tokens": 512, "keys": 2, "words": 2, "prompts": 3, "held_out": 1, "sink": 4, "recent": 32}
 
 

@@ -22,6 +22,8 @@ from winnow.workers.prefill.training import seerattention, texts
 from winnow.workers.prefill.training.seerattention import Options, Trainee, calibrate, measure, read_examples, train
 from winnow.workers.prefill.training.state import TrainingState
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"tokens": 256, "passages": 4, "held_out": 2, "batch": 2, "width": 8}
 
 

@@ -14,6 +14,8 @@ from workloads import Shape, Workload, s1_noise, s2_verticals, s4_segments, s7_m
 from winnow.errors import InvalidRequest
 from winnow.workers.prefill.methods.xattention import XAttention
 
+pytestmark = pytest.mark.slow
+
 LONG = Shape(1000, 1000)  # ragged in tiles of 32; whole cells
 SHAPES = [Shape(128, 128), Shape(107, 107), Shape(70, 134), Shape(60, 131), Shape(3, 126), Shape(1, 90)]
 SAME = torch.ones(32)

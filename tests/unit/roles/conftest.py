@@ -18,6 +18,8 @@ from winnow.services.common.links import Links
 from winnow.services.roles import RoleProcess
 from winnow.workers.model.tiny import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 SPLIT = {"prefill": ("prefill",), "decode": ("decode",), "retrieval": ("retrieval",)}
 SINGLE = {"all": ("prefill", "decode", "retrieval", "draft")}

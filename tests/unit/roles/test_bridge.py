@@ -11,6 +11,8 @@ import pytest
 from winnow.errors import InvalidRequest
 from winnow.services.bridge import Bridge, in_thread, running
 
+pytestmark = pytest.mark.slow
+
 
 class Job:
     """Ends its bridge in a thread of its own, once cancelled and allowed to."""

@@ -21,6 +21,8 @@ from winnow.workers.decode.local_retrieval import SegmentIndex
 
 from .conftest import PROMPT, SPLIT, Deployment, nothing
 
+pytestmark = pytest.mark.slow
+
 LONG = [(i * 31) % 300 + 3 for i in range(1800)]
 
 

@@ -14,6 +14,8 @@ from winnow.services.common.links import error_of
 from .conftest import SPLIT, Deployment, rest
 from .test_warmup import NOT_SERVING, health
 
+pytestmark = pytest.mark.slow
+
 N_NEW = 600
 
 

@@ -17,6 +17,8 @@ from winnow.wire import fingerprint_to_proto, worker_from_proto
 
 from .conftest import Deployment
 
+pytestmark = pytest.mark.slow
+
 OURS = Fingerprint(1, "m0", "l0", "fp32", 1, ("dense@1", "flexprefill@2"))
 MISMATCHES = {
     "protocol": {"protocol": 2},

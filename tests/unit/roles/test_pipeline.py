@@ -12,6 +12,8 @@ from winnow.proto.v1 import common_pb2, internal_pb2, internal_pb2_grpc
 
 from .conftest import PROMPT, SINGLE, SPLIT, Deployment, nothing, with_kv
 
+pytestmark = pytest.mark.slow
+
 N_NEW = 24
 
 

@@ -23,6 +23,8 @@ from winnow.workers.attention.backend import LayerSpec
 
 from .conftest import SPLIT, Deployment, nothing, rest
 
+pytestmark = pytest.mark.slow
+
 N_NEW = 1200
 LOST = "decode: dense (retrieval lost)"
 LAYER = LayerSpec(0, 4, 2, 16, 0.25)

@@ -26,6 +26,8 @@ from winnow.workers.model.loader import LoadedModel
 
 from .conftest import SPLIT, Deployment
 
+pytestmark = pytest.mark.slow
+
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 

@@ -21,6 +21,8 @@ from winnow.services.common import deadlines
 from winnow.services.common.auth import INTERNAL, INTERNAL_SCOPE, current_principal, mint
 from winnow.services.common.links import Links, translated
 
+pytestmark = pytest.mark.slow
+
 CANARY = "canary-7f3a-prompt-text"
 
 
