@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -16,20 +15,6 @@ def _hash(before: bytes, tokens: Tokens) -> bytes:
     h = xxhash.xxh3_128(before)
     h.update(tokens.data)
     return h.digest()
-
-
-@dataclass(frozen=True)
-class PrefixKeys:
-    """Every key under which one token sequence may be found.
-
-    Attributes:
-        blocks: chained hash after each whole block of tokens; element b covers (b + 1) * block_tokens tokens. Empty for
-            a method that is not prefix-safe.
-        exact: (n_tokens, key) of the sequences that match only as a whole.
-    """
-
-    blocks: tuple[bytes, ...]
-    exact: tuple[tuple[int, bytes], ...]
 
 
 class PrefixIndex:

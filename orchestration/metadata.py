@@ -148,10 +148,6 @@ class RedisMetadata:
         """See `MetadataStore.add_holder`. Each holder runs out by itself after `ttl_s`."""
         await self._call("add", scripts.ADD_HOLDER, [self._key("holders", prefix)], [worker_id, epoch, n_tokens, _ms(ttl_s)])
 
-    async def drop_holder(self, prefix: str, worker_id: str) -> None:
-        """Forget that a worker holds a prefix."""
-        await self._guarded(lambda: self._redis.hdel(self._key("holders", prefix), worker_id))
-
     async def holders(self, prefixes: list[str]) -> dict[str, dict[str, int]]:
         """See `MetadataStore.holders`. Prefixes nobody holds are left out."""
         if not prefixes:

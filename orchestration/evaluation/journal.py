@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import xxhash
 
 from winnow import __version__
 from winnow.errors import Conflict, CorruptBlock, InvalidRequest
+from winnow.orchestration.journals import whole_lines, write_atomic
 from winnow.workers.model.loader import LoadedModel
 
 CELLS, MANIFEST = "cells.jsonl", "run.json"
@@ -141,18 +142,11 @@ def _latest(done: dict[str, Record]) -> list[Record]:
 
 
 def _read(path: Path) -> dict[str, Record]:
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return {record["key"]: record for record in _records(whole)}
+    return {record["key"]: record for record in _records(whole_lines(path))}
 
 
-def _records(data: bytes) -> Iterator[Record]:
-    for number, line in enumerate(data.splitlines(), start=1):
+def _records(lines: Iterable[bytes]) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
         try:
             record: Record = json.loads(line)
             record["key"]
@@ -161,14 +155,3 @@ def _records(data: bytes) -> Iterator[Record]:
                 f"--out: line {number} of {CELLS} is damaged; remove the line to have its cell done again"
             ) from None
         yield record
-
-
-def write_atomic(path: Path, text: str) -> Path:
-    """Write a file whole or not at all."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
-from winnow.workers.attention.tiles import causal_pairs
 from winnow.workers.prefill.backend import sample_positions
 from winnow.workers.prefill.scoring import logits_of, pool_sum
 
@@ -125,28 +124,8 @@ def _listed(plan: TilePlan, lists: TileLists, tiles: Tensor, columns: int) -> Te
 
 
 def head_densities(plan: TilePlan) -> list[float]:
-    """`plan.density()` of each mask head of a plan for one sequence: the same definition, by head. Their mean is
-    `plan.density()`. Counted on the plan's device, which is waited for at the end and once a list."""
-    n, m, n_q = plan.n_rows, plan.n_keys, plan.n_q_tiles
-    past, device = m - n, plan.device
-    class_ = plan.head_class[0]
-    budget = torch.where(class_ == HeadClass.STREAMING, plan.sink[0].long() + plan.recent[0].long(), m)
-    by_rule = causal_pairs(torch.full_like(budget, past), torch.full_like(budget, m - 1), budget)
-    kept = torch.where((class_ == HeadClass.STREAMING) | (class_ == HeadClass.DENSE), by_rule, 0)
-    first = torch.arange(n_q, device=device) * plan.block_q
-    last = (first + plan.block_q).clamp(max=n) - 1
-    for lists in (plan.full, plan.partial):
-        row, tile = lists.entries()
-        start = tile * plan.block_k
-        width = (start + plan.block_k).clamp(max=m) - start
-        shift = past - start
-        kept = kept.index_add(0, row // n_q, causal_pairs(first[row % n_q] + shift, last[row % n_q] + shift, width))
-    if plan.token_columns is not None:
-        kept = kept + (plan.token_columns.counts().view(-1, n_q) * (last + 1 - first)).sum(1)
-    if plan.row_intervals is not None:
-        lengths = plan.row_intervals[0].long().diff(dim=-1).sum((-1, -2))
-        kept = torch.where(class_ == HeadClass.INTERVAL, lengths, kept)
-    found: list[float] = (kept.double() / (n * past + n * (n + 1) // 2)).tolist()
+    """`plan.density()` of each mask head of a plan for one sequence: the same definition, by head. Waits for the device."""
+    found: list[float] = (plan.kept_pairs[0].double() / plan.n_causal_pairs).tolist()
     return found
 
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from winnow.errors import InvalidRequest
 from winnow.orchestration.evaluation import figures
-from winnow.orchestration.evaluation.journal import Record, write_atomic
+from winnow.orchestration.evaluation.journal import Record
 from winnow.orchestration.evaluation.maps import AttentionMap
 from winnow.orchestration.evaluation.summary import CONTROL, Row, methods_of, summarise
+from winnow.orchestration.journals import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

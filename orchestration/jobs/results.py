@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from winnow.errors import Conflict, CorruptBlock
+from winnow.orchestration.journals import whole_lines, write_atomic
 
 RESULTS, MANIFEST, RUN, SKIPPED = "results.jsonl", "manifest.json", "run.trec", "skipped.jsonl"
 
@@ -39,20 +40,13 @@ class ResultLog:
                 if known.get(key) != manifest.get(key):
                     raise Conflict(f"output: the folder belongs to a job with another {key}; use another folder")
         else:
-            _write_atomic(kept, json.dumps(manifest, indent=1) + "\n")
+            write_atomic(kept, json.dumps(manifest, indent=1) + "\n")
         self.done = self._read(path)
         self._file = path.open("ab")
 
     def _read(self, path: Path) -> dict[str, dict[str, Any]]:
-        if not path.exists():
-            return {}
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
         done: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole_lines(path), start=1):
             try:
                 record = json.loads(line)
                 done.setdefault(record["qid"], record)
@@ -74,11 +68,11 @@ class ResultLog:
     def write_run(self, qids: Iterable[str], tag: str) -> Path:
         """The TREC run of all finished queries, in the order of `qids`."""
         lines = [line for qid in qids if qid in self.done for line in run_lines(qid, self.done[qid]["ranking"], tag)]
-        return _write_atomic(self.folder / RUN, "".join(lines))
+        return write_atomic(self.folder / RUN, "".join(lines))
 
     def write_skipped(self, skipped: Iterable[dict[str, Any]]) -> Path:
         """What was left out and why, one JSON line each."""
-        return _write_atomic(self.folder / SKIPPED, "".join(json.dumps(s) + "\n" for s in skipped))
+        return write_atomic(self.folder / SKIPPED, "".join(json.dumps(s) + "\n" for s in skipped))
 
     def close(self) -> None:
         self._file.close()
@@ -92,13 +86,3 @@ def run_lines(qid: str, ranking: list[dict[str, Any]], tag: str) -> list[str]:
         lines.append(f"{qid} Q0 {item['doc_id']} {item['rank']} {score!r} {tag}\n")
         last = score
     return lines
-
-
-def _write_atomic(path: Path, text: str) -> Path:
-    part = path.with_suffix(path.suffix + ".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    return path

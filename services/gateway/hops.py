@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
+import xxhash
 
 from winnow import telemetry
 from winnow.config import WinnowConfig
@@ -127,7 +128,13 @@ class Hops:
         affinity: str = "",
         prefer: Worker | None = None,
     ) -> tuple[Lease, internal_pb2.PrefillResult]:
-        """Read a prompt into a segment. The caller holds the lease at once and must pass it to `leased`."""
+        """Read a prompt into a segment. The caller holds the lease at once and must pass it to `leased`.
+
+        Args:
+            affinity: what prompts that may share KV have in common; such a prompt goes where the store says that KV is.
+            prefer: the worker to go to whatever the store says.
+        """
+        prefix = xxhash.xxh3_128_hexdigest(affinity.encode()) if affinity and not request.no_cache else ""
 
         async def on(worker: Worker) -> tuple[Lease, internal_pb2.PrefillResult]:
             stub = internal_pb2_grpc.PrefillStub(self._links.channel(worker.info.address))
@@ -139,7 +146,12 @@ class Hops:
             raise RuntimeError("the prefill stream ended without a result")
 
         with telemetry.span("prefill", tokens=len(request.token_ids)):
-            return await self.retried("prefill", on, affinity=affinity, prefer=prefer)
+            if prefix and prefer is None:
+                prefer = await self._router.find_holder("prefill", prefix)
+            lease, result = await self.retried("prefill", on, affinity=affinity, prefer=prefer)
+        if prefix:
+            self.later(self._router.note_holder(lease.worker, prefix, len(request.token_ids)))
+        return lease, result
 
     @contextlib.asynccontextmanager
     async def leased(self, lease: Lease) -> AsyncIterator[Lease]:

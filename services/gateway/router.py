@@ -28,6 +28,7 @@ ASK_TIMEOUT_S = 2.0
 SILENT_POLLS = 3  # a worker that is alive but answers nothing (stopped, wedged) is lost after so many polls
 FORGET_AFTER_S = 60.0
 AFFINITY_SLACK = 2  # requests a cache-warm worker may have more than the idlest one
+HOLDER_TTL_S = 600.0  # KV that nobody asked for so long may well be evicted
 log = telemetry.get_logger("router")
 
 
@@ -120,10 +121,40 @@ class Router:
                 found += await self._metadata.workers()
                 self.metadata_ok = True
             except MetadataUnavailable:
-                if self.metadata_ok:
-                    log.warning("metadata store is away, going on with the workers known", workers=len(self._table))
-                self.metadata_ok = False
+                self._note_away()
         return found
+
+    def _note_away(self) -> None:
+        """Until the next poll hears from the store nobody asks it: requests do not wait for it one by one."""
+        if self.metadata_ok:
+            log.warning("metadata store is away, going on with the workers known", workers=len(self._table))
+        self.metadata_ok = False
+
+    async def find_holder(self, role: str, prefix: str) -> Worker | None:
+        """A serving worker of which the store says that it holds a prefix's KV, in its present epoch.
+
+        None where nobody is known, all known ones are much busier than the idlest, there is no choice, or the store is away.
+        """
+        able = self.serving(role)
+        if self._metadata is None or not self.metadata_ok or len(able) < 2:
+            return None
+        try:
+            held = (await self._metadata.holders([prefix])).get(prefix, {})
+        except MetadataUnavailable:
+            self._note_away()
+            return None
+        most = min(w.busy for w in able) + AFFINITY_SLACK
+        found = [w for w in able if held.get(w.info.worker_id) == w.info.epoch and w.busy <= most]
+        return min(found, key=lambda w: (w.busy, w.name), default=None)
+
+    async def note_holder(self, worker: Worker, prefix: str, n_tokens: int) -> None:
+        """Tell the store, and so other gateways, where a prefix's KV is now."""
+        if self._metadata is None or not self.metadata_ok:
+            return
+        try:
+            await self._metadata.add_holder(prefix, worker.info.worker_id, worker.info.epoch, n_tokens, HOLDER_TTL_S)
+        except MetadataUnavailable:
+            self._note_away()
 
     def _known(self, info: WorkerInfo) -> tuple[str, Worker | None]:
         """The table's entry for an announced worker: by its id, or by its address where only that is known."""

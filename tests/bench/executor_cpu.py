@@ -9,6 +9,7 @@ dense attention, so that both see the same machine.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -81,7 +82,7 @@ def check(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor) -> None:
     Raises:
         RuntimeError: they differ; nothing of this run is a result.
     """
-    exact = TilePlan(**{**vars(plan), "mean_correction": False})
+    exact = dataclasses.replace(plan, mean_correction=False)
     out, lse = attend_plan(exact, q, k, v, scale=SCALE)
     for first in (0, plan.n_q_tiles // 2, plan.n_q_tiles - 1):
         rows = slice(first * plan.block_q, min(plan.n_rows, (first + 1) * plan.block_q))

@@ -143,13 +143,14 @@ def fit_device(cells: Sequence[Cell]) -> DeviceCosts:
 
 
 def usual_densities(method: str, cells: Sequence[Cell]) -> tuple[tuple[int, float], ...]:
-    """Of the method as it comes (else of all its variants) on the structured workload (else on all of them), by length."""
+    """Of the method as it comes on the structured workload (else on all of them), by length. Of a method whose default was not
+    measured the densest variant counts: expecting too little would try what does not pay."""
     whole = [c for c in cells if c.size.rows == c.size.keys]
-    own = [c for c in whole if c.spec == method] or whole
+    default = [c for c in whole if c.spec == method]
+    own = default or whole
     own = [c for c in own if c.workload == STRUCTURED] or own
-    return tuple(
-        (keys, statistics.median(c.density for c in own if c.size.keys == keys)) for keys in sorted({c.size.keys for c in own})
-    )
+    typical = statistics.median if default else max
+    return tuple((keys, typical(c.density for c in own if c.size.keys == keys)) for keys in sorted({c.size.keys for c in own}))
 
 
 def with_margin(costs: MethodCosts, dense: Coefficients, cells: Sequence[Cell]) -> MethodCosts:

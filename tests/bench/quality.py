@@ -1,7 +1,7 @@
 """Every prefill method beside dense attention on the same prompts of a real model: task scores, perplexity, recall, density, KL.
 
-    python tests/bench/quality.py --shards 14 --seconds 150 --out /tmp/quality      # on a GPU machine
-    python tests/bench/quality.py --only-collect --out /tmp/quality                 # the rows of what is finished, again
+    python tests/bench/quality.py --shards 14 --seconds 150 --out quality      # on a GPU machine
+    python tests/bench/quality.py --only-collect --out quality                 # the rows of what is finished, again
 
 Four rounds, in this order: one prompt a length of a few tasks on which attention is measured; the slow methods on these; some
 seeds of all tasks with all others; then more seeds with the finalists, those that may become the default. Each method stands

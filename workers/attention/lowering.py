@@ -62,17 +62,10 @@ def lower(plan: TilePlan) -> Lowered:
         full_mask, partial_mask = full_mask | (own & whole), partial_mask | (own & some & ~whole)
     if HeadClass.CSR in plan.kinds:
         shape = (plan.batch, plan.mask_heads, plan.n_q_tiles, plan.n_k_tiles)
-        full_mask |= _listed(plan.full, plan.n_k_tiles).view(shape)
-        partial_mask |= _listed(plan.partial, plan.n_k_tiles).view(shape)
+        full_mask |= plan.full.to_mask(plan.n_k_tiles).view(shape)
+        partial_mask |= plan.partial.to_mask(plan.n_k_tiles).view(shape)
     lists = TileLists.from_mask(full_mask), TileLists.from_mask(partial_mask)
     if HeadClass.STREAMING not in plan.kinds:
         return Lowered(*lists, intervals=intervals)
     sinks = torch.where(plan.head_class == HeadClass.STREAMING, plan.sink, plan.n_keys)
     return Lowered(*lists, sinks, plan.recent.contiguous(), intervals)
-
-
-def _listed(lists: TileLists, columns: int) -> Tensor:
-    """[rows, columns] bool, as `TileLists.to_mask`, without waiting: what lies beyond the last row goes past the end."""
-    at = lists.row_of_ids() * columns + lists.ids.clamp(0, columns - 1)
-    mask = torch.zeros((lists.n_rows + 1) * columns, dtype=torch.bool, device=lists.ids.device)
-    return mask.scatter_(0, at, True).view(-1, columns)[:-1]

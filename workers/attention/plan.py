@@ -19,6 +19,7 @@ into buckets, sampled keys weighted for those they stand for) is its residual: a
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -280,32 +281,42 @@ class TilePlan:
             kept = torch.where(class_ == HeadClass.INTERVAL, (key >= lo) & (key < hi), kept)
         return kept & (key <= position)
 
-    def density(self) -> float:
-        """Kept (query, key) pairs over causal pairs, exact, mean over mask heads. Waits for the device, once."""
+    @functools.cached_property
+    def kept_pairs(self) -> Tensor:
+        """[B, Hm] int64: (query, key) pairs that each mask head reads, exact. Does not wait for the device."""
         n, m, device = self.n_rows, self.n_keys, self.device
-        offset = m - n
-        causal = n * offset + n * (n + 1) // 2
+        offset, heads = m - n, self.batch * self.mask_heads
         first = torch.arange(self.n_q_tiles, device=device) * self.block_q
         height = torch.clamp(first + self.block_q, max=n) - first
         # a full tile is whole, and read by all rows of its query tile: their numbers are enough
-        total = (self.full.counts().view(-1, self.n_q_tiles) * height).sum() * self.block_k
+        total = (self.full.counts().view(heads, -1) * height).sum(-1) * self.block_k
         row, here = self.partial.row_of_ids(), torch.arange(self.partial.ids.numel(), device=device) < self.partial.offsets[-1]
         start = self.partial.ids.long() * self.block_k
         p0 = first[row % self.n_q_tiles] + offset - start
         pairs = causal_pairs(p0, p0 + height[row % self.n_q_tiles] - 1, torch.clamp(start + self.block_k, max=m) - start)
-        total = total + torch.where(here, pairs, 0).sum()
+        # ids beyond the last row lie in no head's part
+        total = total.index_add(0, torch.clamp(row // self.n_q_tiles, max=heads - 1), torch.where(here, pairs, 0))
+        if self.token_columns is not None:
+            total = total + (self.token_columns.counts().view(heads, -1) * height).sum(-1)
+        total = total.view(self.batch, self.mask_heads)
         if self.kinds & {HeadClass.DENSE, HeadClass.STREAMING}:
             budget = torch.where(self.head_class == HeadClass.STREAMING, self.sink.long() + self.recent.long(), m)
             ends = torch.arange(2, device=device) * (n - 1) + offset
-            kept = causal_pairs(ends[0], ends[1], budget)
             listed = (self.head_class != HeadClass.DENSE) & (self.head_class != HeadClass.STREAMING)
-            total = total + kept.masked_fill(listed, 0).sum()
-        if self.token_columns is not None:
-            total = total + (self.token_columns.counts().view(-1, self.n_q_tiles) * height).sum()
+            total = total + causal_pairs(ends[0], ends[1], budget).masked_fill(listed, 0)
         if self.row_intervals is not None:
             lengths = self.row_intervals.long().diff(dim=-1).sum((-1, -2))
-            total = total + lengths.masked_fill(self.head_class != HeadClass.INTERVAL, 0).sum()
-        return int(total) / (causal * self.batch * self.mask_heads)
+            total = total + lengths.masked_fill(self.head_class != HeadClass.INTERVAL, 0)
+        return total
+
+    @property
+    def n_causal_pairs(self) -> int:
+        """Pairs that a head without a plan would read."""
+        return self.n_rows * (self.n_keys - self.n_rows) + self.n_rows * (self.n_rows + 1) // 2
+
+    def density(self) -> float:
+        """Kept (query, key) pairs over causal pairs, exact, mean over mask heads. Waits for the device, once."""
+        return int(self.kept_pairs.sum()) / (self.n_causal_pairs * self.batch * self.mask_heads)
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of this class holds. Waits for the device; for tests and debugging."""

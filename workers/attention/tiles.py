@@ -94,10 +94,10 @@ class TileLists:
         return rows, self.ids[: rows.numel()].long()
 
     def to_mask(self, columns: int) -> Tensor:
-        """[rows, columns] bool. Waits for the device."""
-        mask = torch.zeros(self.n_rows, columns, dtype=torch.bool, device=self.ids.device)
-        mask[self.entries()] = True
-        return mask
+        """[rows, columns] bool. Does not wait for the device: ids beyond the last row go to a row past the end."""
+        at = self.row_of_ids() * columns + self.ids.clamp(0, columns - 1)
+        mask = torch.zeros((self.n_rows + 1) * columns, dtype=torch.bool, device=self.ids.device)
+        return mask.scatter_(0, at, True).view(-1, columns)[:-1]
 
 
 def _offsets(chosen: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.break_even import BreakEven
-from winnow.workers.prefill.quality import kept_pairs, kept_shares, rows_to_measure, sample_rows
+from winnow.workers.prefill.quality import kept_shares, rows_to_measure, sample_rows
 
 _SEED = 0x77696E6E6F77  # of the rows that are measured: others than a method samples for itself
 
@@ -148,7 +148,7 @@ class PrefillBackend:
         if count and not plan.is_estimating and not 0 < layer.window < k.shape[2]:
             rows = sample_rows(n, count, _SEED + (self.start << 12) + layer.idx, q.device)
             recall = kept_shares(q, k, lse, layer, rows).mean()
-        self.tally.add_plan(pairs, heads * n, kept_pairs(plan) * (heads // plan.mask_heads), recall)
+        self.tally.add_plan(pairs, heads * n, plan.kept_pairs.sum().double() * (heads // plan.mask_heads), recall)
 
 
 def sample_positions(first: int, end: int, count: int) -> list[int]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size
-from winnow.workers.prefill.quality import kept_pairs
 
 ALLOWANCE = 0.03  # of what dense attention would have taken so far: what may be lost in finding out that sparse does not pay
 # Where nobody measured the method on the device:
@@ -97,7 +96,7 @@ class BreakEven:
             self.counts["method"] += 1
             return False
         size = Size.of(layer, plan.n_rows, plan.n_keys)
-        share = kept_pairs(plan) * (layer.n_q_heads // plan.mask_heads / size.causal)
+        share = plan.kept_pairs.sum().double() * (layer.n_q_heads // plan.mask_heads / size.causal)
         if share.device.type == "cpu":
             density = float(share)
             if not self._note(layer.idx, size, density, may_drop=True):

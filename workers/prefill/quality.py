@@ -1,4 +1,4 @@
-"""What a plan keeps of attention, measured without waiting for the device: pairs exactly, mass on a few sampled rows."""
+"""What a plan keeps of the mass of attention, measured on a few sampled rows, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
-from winnow.workers.attention.plan import HeadClass, TilePlan
-from winnow.workers.attention.tiles import causal_pairs
 from winnow.workers.prefill.scoring import SLAB_BYTES, logits_of, on_device
 
 _ROWS_PER_SAMPLE = 1024  # one row in so many is looked at: 1/1024 of the arithmetic of dense attention
@@ -55,31 +53,3 @@ def kept_shares(q: Tensor, k: Tensor, lse: Tensor, layer: LayerSpec, rows: Tenso
         logits = logits_of(picked, keys, layer).view(batch, -1, rows.numel(), m)
         found.append(logits.masked_fill_(future, -torch.inf).logsumexp(-1))
     return (lse.index_select(2, rows) - torch.cat(found, 1)).exp().clamp(max=1.0)
-
-
-def kept_pairs(plan: TilePlan) -> Tensor:
-    """(query, key) pairs that a plan reads, summed over its sequences and mask heads: a float64 scalar on its device.
-
-    `plan.density()` times the causal pairs, from the lengths of the lists alone: nothing waits for the device.
-    """
-    n, m, device = plan.n_rows, plan.n_keys, plan.device
-    first = torch.arange(0, n, plan.block_q, device=device)
-    height = torch.clamp(first + plan.block_q, max=n) - first
-    start = first + (m - n)
-    causal = causal_pairs(start, start + height - 1, torch.full_like(start, m))
-    # A full tile is read whole. The partial ones are in every CSR plan: what is causal and in no full tile.
-    partial = causal - (start + 1) // plan.block_k * plan.block_k * height
-    per_head = (plan.full.counts().view(-1, plan.n_q_tiles) * (height * plan.block_k)).sum(-1)
-    if plan.token_columns is not None:
-        per_head = per_head + (plan.token_columns.counts().view(-1, plan.n_q_tiles) * height).sum(-1)
-    class_ = plan.head_class.reshape(-1)
-    kept = torch.where(class_ == HeadClass.CSR, per_head + partial.sum(), 0)
-    if plan.kinds & {HeadClass.DENSE, HeadClass.STREAMING}:
-        budget = torch.where(class_ == HeadClass.STREAMING, (plan.sink.long() + plan.recent.long()).reshape(-1), m)
-        ends = (torch.full_like(budget, m - n), torch.full_like(budget, m - 1))
-        simple = (class_ == HeadClass.DENSE) | (class_ == HeadClass.STREAMING)
-        kept = torch.where(simple, causal_pairs(*ends, budget), kept)
-    if plan.row_intervals is not None:
-        lengths = plan.row_intervals.long().diff(dim=-1).sum((-1, -2)).reshape(-1)
-        kept = torch.where(class_ == HeadClass.INTERVAL, lengths, kept)
-    return kept.sum().double()

@@ -17,7 +17,6 @@ import torch
 
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill import break_even as module
 from winnow.workers.prefill.break_even import ALLOWANCE, BreakEven, dense_share
 from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size, costs_of, device_kind
 
@@ -246,7 +245,7 @@ def test_a_method_that_leaves_a_layer_dense_by_itself_counts_as_neither() -> Non
 def test_on_an_accelerator_a_density_is_learnt_between_steps_and_its_loss_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan on the meta device cannot be read: anything that waited for it would raise."""
     read = plan_of(1024, 1024, 1.0)
-    monkeypatch.setattr(module, "kept_pairs", lambda plan: torch.empty((), dtype=torch.float64, device="meta"))
+    monkeypatch.setitem(vars(read), "kept_pairs", torch.empty(1, 1, dtype=torch.int64, device="meta"))
     cuda = torch.device("cuda")
     choice = BreakEven(COSTS, "x")
     assert choice.tries(layer(0), 1024, 1024, cuda) and choice.takes(layer(0), read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -171,7 +172,7 @@ def test_average_mass_over_seeds_is_the_true_mass() -> None:
         plan = method.plan(q, k, layer)
         assert plan is not None and callable(plan.residual)
         if seed == 0:
-            _, kept = attend_plan(TilePlan(**{**vars(plan), "residual": None}), q, k, v, scale=layer.scale)
+            _, kept = attend_plan(dataclasses.replace(plan, residual=None), q, k, v, scale=layer.scale)
         _, rest = plan.residual(q, k, v, scale=layer.scale, softcap=0.0)
         ratio = torch.exp(torch.logaddexp(kept, rest) - exact).double()
         total += ratio

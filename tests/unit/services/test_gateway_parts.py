@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ import pytest
 from winnow.config import WinnowConfig
 from winnow.errors import Cancelled, Conflict, Draining, Overloaded, Unsupported, WorkerLost
 from winnow.metadata import MetadataUnavailable
+from winnow.orchestration.embedded import EmbeddedServer
+from winnow.orchestration.metadata import RedisMetadata
 from winnow.proto.v1 import internal_pb2
 from winnow.registry import Capabilities, Registry
 from winnow.services.common.links import Links
@@ -288,6 +293,42 @@ def test_work_goes_near_its_segment_then_to_the_idlest_and_equal_prompts_stay_to
     assert spread == {"w0", "w1", "w2"}
     router._table[next(iter(same))].assigned = 50
     assert router.pick("prefill", affinity="some prefix").name not in same
+
+
+@pytest.mark.promise("R11")
+async def test_a_prompt_goes_where_the_store_says_its_prefix_is_unless_that_is_stale_busy_or_unknown(
+    config: WinnowConfig,
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="wn-"))  # short enough for a socket
+    server = EmbeddedServer(folder)
+    metadata = RedisMetadata(server.start(), timeout_s=0.5)
+    links = Links(config)
+    router, other = Router(links, PRINT, metadata), Router(links, PRINT, metadata)
+    try:
+        for i in range(3):
+            info = WorkerInfo(f"w{i}", 7, ("prefill",), f"127.0.0.1:{i}", "host", PRINT)
+            router._table[info.worker_id] = Worker(info, state="serving")
+        _, w1, w2 = router.workers
+        assert await router.find_holder("prefill", "p") is None
+        await other.note_holder(w1, "p", 64)
+        await other.note_holder(w2, "p", 64)
+        w1.assigned = 1
+        assert await router.find_holder("prefill", "p") is w2  # the less busy one of two
+        assert await router.find_holder("prefill", "q") is None
+        w2.info = dataclasses.replace(w2.info, epoch=8)  # restarted: its cache is gone
+        assert await router.find_holder("prefill", "p") is w1
+        w1.assigned = 50
+        assert await router.find_holder("prefill", "p") is None
+        w1.assigned = 0
+        server.stop()
+        assert await router.find_holder("prefill", "p") is None and not router.metadata_ok
+        await other.note_holder(w1, "p", 64)
+        assert not other.metadata_ok
+    finally:
+        await metadata.close()
+        await links.close()
+        server.stop()
+        shutil.rmtree(folder)
 
 
 @pytest.mark.promise("R17")
