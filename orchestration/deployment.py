@@ -18,7 +18,7 @@ from typing import Any
 
 from winnow import telemetry
 from winnow.config import WinnowConfig
-from winnow.errors import ConfigError, WorkerLost
+from winnow.errors import ConfigError, WinnowError, WorkerLost
 from winnow.orchestration import placer, processes, state
 from winnow.orchestration.embedded import EmbeddedServer
 from winnow.orchestration.leases import DeploymentLease
@@ -30,6 +30,7 @@ from winnow.orchestration.state import RunState
 
 TOKEN_TTL_S = 7 * 24 * 3600.0
 SERVING_TIMEOUT_S = 60.0
+EMBEDDED_CHECK_S = 0.5  # between looks at the embedded metadata server; R11 gives it 5 s to be back
 
 
 class Deployment:
@@ -176,13 +177,21 @@ class Deployment:
             self._write_state()
 
     async def _watch_embedded(self, server: EmbeddedServer) -> None:
-        """A metadata server that died is started again, empty; the roles announce themselves within a heartbeat."""
+        """A metadata server that died is started again, empty; the roles announce themselves within a heartbeat.
+
+        One that does not start is tried again and again: without it requests are slower, not impossible (R11).
+        """
         while True:
-            await asyncio.sleep(0.5)
-            if not server.is_running():
-                self._log.error("the embedded metadata server ended and is started again")
-                server.start()  # from the main thread: the kernel ties its life to this thread's
+            await asyncio.sleep(EMBEDDED_CHECK_S)
+            if server.is_running():
+                continue
+            self._log.error("the embedded metadata server ended and is started again")
+            try:
+                server.launch()  # from the main thread: the kernel ties its life to this thread's
                 placer.record_child("metadata", server.pid, processes.start_time(server.pid))
+                await asyncio.to_thread(server.wait_until_up)
+            except (WinnowError, OSError) as error:
+                self._log.error("the embedded metadata server did not start; trying again", reason=str(error))
 
     def _remove_files(self) -> None:
         state.clear_state()

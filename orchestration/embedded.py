@@ -20,7 +20,7 @@ MEMORY = "128mb"  # hints only; a busy deployment needs a few MB
 
 
 class EmbeddedServer:
-    """One server process. Start it from a thread that lives as long as the server should (the main thread)."""
+    """One server process. Launch it from a thread that lives as long as the server should (the main thread)."""
 
     def __init__(self, folder: Path) -> None:
         """`folder`: 0700, short enough for a socket path; see `state.short_dir`."""
@@ -41,31 +41,44 @@ class EmbeddedServer:
         return self._process.pid if self._process else 0
 
     def start(self) -> str:
-        """Start the server and wait until it answers; returns its URL. A socket left by an earlier one is replaced.
+        """Start the server and wait until it answers; returns its URL.
+
+        Raises: as `launch` and `wait_until_up`.
+        """
+        self.launch()
+        self.wait_until_up()
+        return self.url
+
+    def launch(self) -> None:
+        """Start the process without waiting. A socket left by an earlier one is replaced.
 
         Raises:
             ConfigError: no binary for this machine.
-            WorkerLost: the server ended or did not answer within 10 s.
         """
         self._socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._socket.unlink(missing_ok=True)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [
+                processes.tied_to_parent([
                     str(find_binary()), "--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700",
                     "--save", "", "--appendonly", "no", "--dir", str(self._socket.parent), "--daemonize", "no",
                     "--maxmemory", MEMORY, "--maxmemory-policy", "volatile-ttl", "--loglevel", "warning",
-                ],
+                ]),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, close_fds=True,
-                preexec_fn=processes.die_with_parent(),
             )  # fmt: skip
+
+    def wait_until_up(self) -> None:
+        """Block until the launched server answers; any thread may wait.
+
+        Raises:
+            WorkerLost: it ended or did not answer within 10 s; it is killed.
+        """
         ends = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > ends:
+            if not self.is_running() or time.monotonic() > ends:
                 self.stop()
                 raise WorkerLost("the embedded metadata server did not start; its reason is in meta.log of the run folder")
             time.sleep(0.01)
-        return self.url
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -7,16 +7,21 @@ process itself is checked.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # loaded before any fork
+_TIED = """
+import ctypes, os, sys
+parent, number, *command = sys.argv[1:]
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+if os.getppid() != int(parent):  # it ended before the call
+    sys.exit(1)
+os.execv(command[0], command)
+"""
 
 
 def start_time(pid: int) -> int:
@@ -99,17 +104,15 @@ def wait_gone(pid: int, started: int, timeout_s: float) -> bool:
     return True
 
 
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
-    """A `preexec_fn`: the kernel sends `number` to the child when the thread that started it ends. Linux only."""
-    parent = os.getpid()
+def tied_to_parent(command: list[str], number: signal.Signals = signal.SIGKILL) -> list[str]:
+    """The same command, but the kernel sends it `number` when the thread that starts it ends. Linux only; unchanged elsewhere.
 
-    def prepare() -> None:
-        if _LIBC is not None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-            if os.getppid() != parent:  # the parent ended before the call
-                os._exit(1)
-
-    return prepare
+    A small program asks for that and then becomes the command. `preexec_fn` would need a plain fork(), and gRPC's fork handlers
+    may abort the child when other threads are inside gRPC; without it `subprocess` uses vfork(), which runs no handlers.
+    """
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), str(int(number)), *command]
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -158,6 +158,47 @@ def test_a_metadata_server_in_trouble_changes_no_answer(deployment: Deployment, 
     assert {r.token_ids for r in load.results} == {calm.token_ids}
 
 
+@pytest.mark.promise("R11")
+def test_a_metadata_server_killed_again_and_again_always_comes_back(deployment: Deployment, calm: Generation) -> None:
+    """A process full of gRPC threads must be able to start it anew every time, not only mostly."""
+    with Load(deployment, 2, **ASK).running() as load:
+        for _ in range(6):
+            _kill_metadata_server(deployment)
+            eventually(lambda: _answers(deployment), 5, "it is back")
+    assert load.errors == []
+    assert {r.token_ids for r in load.results} == {calm.token_ids}
+
+
+@pytest.mark.promise("R11")
+def test_a_metadata_server_that_cannot_start_is_tried_until_it_can(deployment: Deployment, calm: Generation) -> None:
+    sock = state.short_dir() / "meta.sock"
+    with Load(deployment, 2, **ASK).running() as load:
+        _kill_metadata_server(deployment)
+        sock.unlink(missing_ok=True)
+        sock.mkdir()  # nothing can listen there now
+        n_before = len(load.results)
+        eventually(lambda: len(load.results) >= n_before + 4, 60, "requests go on without it")
+        assert not _answers(deployment)
+        sock.rmdir()
+        eventually(lambda: _answers(deployment), 20, "it is back")  # one that started just before waits 10 s in vain first
+    assert load.errors == []
+    assert {r.token_ids for r in load.results} == {calm.token_ids}
+
+
+def _kill_metadata_server(deployment: Deployment) -> None:
+    pid = deployment.metadata_pid()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not _answers(deployment), 5, "it is gone")
+
+
+def _answers(deployment: Deployment) -> bool:
+    try:
+        with redis.from_url(deployment.metadata_url) as admin:
+            return bool(admin.ping())
+    except redis.ConnectionError:
+        return False
+
+
 def _registered(deployment: Deployment) -> list[str]:
     try:
         return list(deployment.workers())
