@@ -20,8 +20,8 @@ def _hash(before: bytes, tokens: Tokens) -> bytes:
 class PrefixIndex:
     """Maps prefixes to entries. Not thread-safe: the store's lock guards it.
 
-    A sequence of a prefix-safe method is found by any whole number of its blocks, or as a whole whatever its length.
-    One of another method is found only by its exact context, or its exact whole.
+    A sequence of an exact method is found by any whole number of its blocks, or as a whole whatever its length. One of another
+    method is found by any whole number of the chunks of its context, by its exact context, or by its exact whole.
     """
 
     def __init__(self, model_fingerprint: str, kv_layout: str, block_tokens: int) -> None:
@@ -37,9 +37,9 @@ class PrefixIndex:
         text = "".join(f"{len(part)}:{part}" for part in (tenant, self._model, self._layout, method))
         return xxhash.xxh3_128_digest(text.encode())
 
-    def _chain(self, tokens: Tokens, root: bytes) -> list[bytes]:
-        """Hash after 0, 1, 2 … whole blocks."""
-        chain, size = [root], self._block_tokens
+    def _chain(self, tokens: Tokens, root: bytes, size: int = 0) -> list[bytes]:
+        """Hash after 0, 1, 2 … whole blocks, or pieces of `size` tokens."""
+        chain, size = [root], size or self._block_tokens
         for start in range(0, len(tokens) - size + 1, size):
             chain.append(_hash(chain[-1], tokens[start : start + size]))
         return chain
@@ -47,12 +47,14 @@ class PrefixIndex:
     def _whole(self, chain: list[bytes], tokens: Tokens) -> bytes:
         return _hash(b"end" + chain[-1], tokens[(len(chain) - 1) * self._block_tokens :])
 
-    def add(self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> None:
+    def add(self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int) -> None:
         """Make an entry findable."""
         root = self._root(tenant, method)
         if method:
             for n, key in self._method_keys(root, tokens, context_tokens):
                 self._exact.setdefault(key, {})[entry] = n
+            for key in self._chunks(root, tokens, context_tokens, chunk_tokens)[1:]:
+                self._at_block.setdefault(key, {})[entry] = None
             return
         chain = self._chain(tokens, root)
         for key in chain[1:]:
@@ -63,12 +65,16 @@ class PrefixIndex:
             lengths = self._odd_lengths.setdefault(chain[-1], {})
             lengths[rest] = lengths.get(rest, 0) + 1
 
-    def remove(self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> None:
+    def remove(
+        self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int
+    ) -> None:
         """Undo `add` with the same arguments."""
         root = self._root(tenant, method)
         if method:
             for _, key in self._method_keys(root, tokens, context_tokens):
                 _drop(self._exact, key, entry)
+            for key in self._chunks(root, tokens, context_tokens, chunk_tokens)[1:]:
+                _drop(self._at_block, key, entry)
             return
         chain = self._chain(tokens, root)
         for key in chain[1:]:
@@ -83,15 +89,20 @@ class PrefixIndex:
             if not lengths:
                 del self._odd_lengths[chain[-1]]
 
-    def find(self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> tuple[Hashable, int] | None:
+    def find(
+        self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int
+    ) -> tuple[Hashable, int] | None:
         """The entry that shares the most leading tokens, and how many; None where there is none. Latest entry on ties."""
         root = self._root(tenant, method)
         if method:
-            found = [(n, key) for n, key in self._method_keys(root, tokens, context_tokens) if key in self._exact]
-            if not found:
-                return None
-            n, key = max(found)
-            return next(reversed(self._exact[key])), n
+            for n, key in reversed(self._method_keys(root, tokens, context_tokens)):
+                if key in self._exact:
+                    return next(reversed(self._exact[key])), n
+            chunks = self._chunks(root, tokens, context_tokens, chunk_tokens)
+            for i in range(len(chunks) - 1, 0, -1):
+                if chunks[i] in self._at_block:
+                    return next(reversed(self._at_block[chunks[i]])), i * chunk_tokens
+            return None
         chain = self._chain(tokens, root)
         for b in range(len(chain) - 1, -1, -1):
             at = b * self._block_tokens
@@ -103,8 +114,8 @@ class PrefixIndex:
                 return next(reversed(self._at_block[chain[b]])), at
         return None
 
-    def find_whole(self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int) -> Hashable | None:
-        """An entry of exactly these tokens, or None."""
+    def find_whole(self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int) -> Hashable | None:
+        """An entry of exactly these tokens (in the same chunks, if a method made it), or None."""
         root = self._root(tenant, method)
         chain = [] if method else self._chain(tokens, root)
         found = self._exact.get(self._whole(chain, tokens) if chain else self._method_keys(root, tokens, context_tokens)[-1][1])
@@ -117,6 +128,12 @@ class PrefixIndex:
         if n < len(tokens):
             keys.append((len(tokens), _hash(b"whole %d" % n + root, tokens)))
         return keys
+
+    def _chunks(self, root: bytes, tokens: Tokens, context_tokens: int, chunk_tokens: int) -> list[bytes]:
+        """The root, then the hash after each whole chunk of the context (the whole, without one); chunks of 0 tokens = none."""
+        if not chunk_tokens:
+            return [root]
+        return self._chain(tokens[: context_tokens or len(tokens)], _hash(b"chunks" + root, tokens[:0]), chunk_tokens)
 
     def entries(self) -> set[Hashable]:
         """Every entry that can be found; for `check`."""

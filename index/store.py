@@ -65,10 +65,11 @@ class _Key:
     tenant: str
     method: str
     context_tokens: int
+    chunk_tokens: int
 
     @property
     def fields(self) -> dict[str, Any]:
-        return {"tenant": self.tenant, "method": self.method, "context_tokens": self.context_tokens}
+        return vars(self)
 
 
 @dataclass(eq=False)
@@ -159,7 +160,7 @@ class SegmentStore:
 
     def acquire(
         self, token_ids: Sequence[int], tail_tokens: int, *, tenant: str = "", method: str = "", context_tokens: int = 0,
-        use_cache: bool = True, query_sample: tuple[int, int] | None = None,
+        chunk_tokens: int = 0, use_cache: bool = True, query_sample: tuple[int, int] | None = None,
     ) -> Lease:  # fmt: skip
         """A segment for these tokens and a tail, with the longest cached prefix in it.
 
@@ -168,22 +169,25 @@ class SegmentStore:
             tail_tokens: capacity behind them. With 0 and an entry of exactly these tokens, the lease is on the entry
                 itself (`is_shared`): nothing is copied.
             tenant: part of every key; tenants never share.
-            method: "" for a prefix-safe method. Otherwise its canonical spec: KV is reused only for the same tokens.
+            method: "" for an exact method. Otherwise its canonical spec, under which alone its KV is reused.
             context_tokens: with a method, the first n tokens are a context planned alone; its KV is reused under other
                 questions. 0 = the whole.
+            chunk_tokens: with a method, whole chunks of so many tokens depend on no later token: a context that begins with
+                the same ones reuses them. 0 = the context is planned in one piece.
             use_cache: False neither reads nor fills the cache.
             query_sample: (Hq, S) to keep query vectors, see KVSegment; never shared, filled by whoever prefills.
 
         Raises:
-            InvalidRequest: tail_tokens or context_tokens out of range.
+            InvalidRequest: tail_tokens, context_tokens or chunk_tokens out of range.
             Overloaded: the segment does not fit the budget, even with every unleased entry evicted.
         """
-        if tail_tokens < 0:
-            raise InvalidRequest(f"tail_tokens must be >= 0, got {tail_tokens}")
+        for name, value in (("tail_tokens", tail_tokens), ("chunk_tokens", chunk_tokens)):
+            if value < 0:
+                raise InvalidRequest(f"{name} must be >= 0, got {value}")
         if not 0 <= context_tokens <= len(token_ids):
             raise InvalidRequest(f"context_tokens must be in [0, {len(token_ids)}], got {context_tokens}")
         tokens = np.asarray(token_ids, np.int32)
-        key = _Key(tenant, method, context_tokens if method else 0)
+        key = _key(tenant, method, context_tokens, chunk_tokens)
         source, cached = self._pin_source(tokens, key) if use_cache else (None, 0)
         try:
             whole = source is not None and cached == len(tokens) == source.segment.n_tokens
@@ -411,7 +415,7 @@ class SegmentStore:
         """End a lease. With the ids of the tail that was written behind the sealed tokens, the entry grows by it.
 
         The tail joins only where its KV is what prefill would have computed, so pass it only after an exact decode method;
-        it is refused without error where the segment's method is not prefix-safe, the bytes are not here (decoded on
+        it is refused without error where the segment's method is not exact, the bytes are not here (decoded on
         another host), or another lease still reads the segment.
 
         Raises:
@@ -463,10 +467,12 @@ class SegmentStore:
 
     # -- looking and ending ------------------------------------------------------------------------------------------
 
-    def prefix_tokens(self, token_ids: Sequence[int], *, tenant: str = "", method: str = "", context_tokens: int = 0) -> int:
+    def prefix_tokens(
+        self, token_ids: Sequence[int], *, tenant: str = "", method: str = "", context_tokens: int = 0, chunk_tokens: int = 0
+    ) -> int:
         """How many leading tokens `acquire` would find cached now. Changes nothing."""
         with self._lock:
-            return self._find(np.asarray(token_ids, np.int32), _Key(tenant, method, context_tokens if method else 0))[1]
+            return self._find(np.asarray(token_ids, np.int32), _key(tenant, method, context_tokens, chunk_tokens))[1]
 
     def stats(self) -> StoreStats:
         """A copy of the counters and the present sizes."""
@@ -525,6 +531,10 @@ class SegmentStore:
     def remove_orphans(cls, dir: Path, owner: str, epoch: int) -> int:
         """Delete what dead stores of `owner`, of this epoch or earlier, left behind; returns the number of segments."""
         return folders.remove_orphans(dir, owner, epoch)
+
+
+def _key(tenant: str, method: str, context_tokens: int, chunk_tokens: int) -> _Key:
+    return _Key(tenant, method, context_tokens, chunk_tokens) if method else _Key(tenant, "", 0, 0)
 
 
 def _common(a: Tokens, b: Tokens) -> int:

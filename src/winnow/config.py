@@ -70,6 +70,9 @@ class PrefillConfig(_Part):
 
     method: str = Field("dense", description="Default method, name or name:key=value,...")
     chunk_tokens: int = Field(2048, ge=0, description="Tokens of a chunk; 0 = the whole prompt at once")
+    sparse_chunk_tokens: int = Field(
+        0, ge=0, description="Tokens that a sparse method plans at a time and whose KV is reused; 0 = 2048 on a CPU, else 16384"
+    )
     max_waiting: int = Field(64, ge=1, description="Jobs queued in one worker")
     break_even: bool = Field(
         True, description="Run a layer dense where its method is predicted to take longer; false = always the method"

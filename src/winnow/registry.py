@@ -30,8 +30,9 @@ class Capabilities:
         families: model families it accepts; empty means all.
         sliding_window: accepts models with layers of limited window.
         softcap: accepts models with attention logit soft-capping.
-        chunked: the prompt may be processed in chunks without changing the result.
-        prefix_safe: row i's result depends on tokens <= i only, so its KV may enter the shared prefix cache.
+        chunked: a prompt processed in chunks has the result of one processed whole.
+        prefix_safe: row i's result depends on no token behind its own tile. A prefill method without this or without `chunked`
+            is served in chunks all the same: each is then a plan of its own, and KV is reused by whole chunks.
         tensor_parallel: heads may be split over devices.
         exact: equals dense attention up to rounding.
         fallback: the method used in its place when it cannot run ("" = none).

@@ -210,6 +210,29 @@ async def test_kv_of_a_method_that_is_not_prefix_safe_serves_that_prompt_and_met
     await empty(process, gateway)
 
 
+@pytest.mark.promise("R20")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("method", [SPARSE, "prism:block=32,threshold=0.5", "recall:block=32,stride=8,recall=0.7"])
+async def test_whole_chunks_of_a_sparse_method_are_reused_and_answer_as_a_cold_run(method: str, pipeline: Any) -> None:
+    process, gateway, client = pipeline
+    config = process._parts.prefill.config
+    process._parts.prefill.config = config.model_copy(update={"sparse_chunk_tokens": 96, "break_even": False})
+
+    async def ask(prompt: str, *, cold: bool = False, prefill: str = method) -> tuple[list[Any], Any]:
+        found = await client.complete(prompt, sampling=_sampling(logprobs=5), max_tokens=3, prefill=prefill, no_cache=cold)
+        return [[(t.token_id, t.logprob) for t in token] for token in found.logprobs], found.usage
+
+    await ask(TEXT)
+    for question in ("And then?", "Who said so, and why?"):
+        scores, usage = await ask(TEXT + question)
+        assert usage.cached_tokens > 0 and usage.cached_tokens % 96 == 0 and usage.prompt_tokens - usage.cached_tokens < 2 * 96
+        fresh, cold = await ask(TEXT + question, cold=True)
+        assert (scores, cold.cached_tokens) == (fresh, 0) and cold.prefill_density < 1
+    assert (await ask(TEXT + "Where?", prefill="dense"))[1].cached_tokens == 0
+    process._parts.prefill.config = config
+    await empty(process, gateway)
+
+
 def _sampling(**fields: Any) -> Any:
     from winnow.types import Sampling
 

@@ -151,9 +151,7 @@ def test_a_metadata_server_in_trouble_changes_no_answer(deployment: Deployment, 
                     os.kill(pid, signal.SIGCONT)
         with deployment.client() as client:
             eventually(lambda: client.status().metadata == "embedded", 5, "the gateway reaches it again")
-        eventually(
-            lambda: sorted(_registered(deployment)) == ["decode-0", "prefill-0", "prefill-1"], 5, "workers announced again"
-        )
+        eventually(lambda: len(_registered(deployment)) == 3, 5, "workers announced again")
     assert load.errors == []
     assert {r.token_ids for r in load.results} == {calm.token_ids}
 
@@ -165,6 +163,7 @@ def test_a_metadata_server_killed_again_and_again_always_comes_back(deployment: 
         for _ in range(6):
             _kill_metadata_server(deployment)
             eventually(lambda: _answers(deployment), 5, "it is back")
+        eventually(lambda: len(_registered(deployment)) == 3, 5, "workers announced again")
     assert load.errors == []
     assert {r.token_ids for r in load.results} == {calm.token_ids}
 
@@ -181,6 +180,7 @@ def test_a_metadata_server_that_cannot_start_is_tried_until_it_can(deployment: D
         assert not _answers(deployment)
         sock.rmdir()
         eventually(lambda: _answers(deployment), 20, "it is back")  # one that started just before waits 10 s in vain first
+        eventually(lambda: len(_registered(deployment)) == 3, 5, "workers announced again")
     assert load.errors == []
     assert {r.token_ids for r in load.results} == {calm.token_ids}
 
@@ -209,7 +209,8 @@ def _registered(deployment: Deployment) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_service_returns_by_itself_when_rays_head_is_killed(deployment: Deployment, calm: Generation) -> None:
-    before = deployment.workers()
+    before = eventually(lambda: len(found := deployment.workers()) == 3 and found, 60, "all workers are registered")
+    assert before
     head = [pid for pid in deployment.processes() if b"gcs_server" in _command(pid)]
     assert len(head) == 1
     killed_at = time.monotonic()

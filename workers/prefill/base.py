@@ -44,10 +44,8 @@ class PrefillMethod(ABC):
     def for_prompt(self) -> Self:
         """The method ready for one prompt: a copy with a state, for as long as the prompt's prefill lasts.
 
-        What it plans is the same with and without a state; see `of_key_tiles`. A method that sees a prompt whole needs none.
+        What it plans is the same with and without a state; see `of_key_tiles`.
         """
-        if not self.caps.chunked:
-            return self
         own = copy.copy(self)
         object.__setattr__(own, "_state", KeyTiles())
         return own

@@ -1,7 +1,8 @@
 """Whether a layer runs by its method or dense: whatever is predicted to be faster, selection included.
 
-The choice depends on the prompt, the method and the kind of device alone, never on other requests or on a clock: the same
-request gives the same KV. It waits for no device: on an accelerator a plan's density is known one step later.
+The choice depends on the tokens up to a chunk's end, the method and the kind of device alone, never on other requests or on a
+clock: the same chunk after the same tokens gives the same KV. It waits for no device: on an accelerator a plan's density is
+known one step later.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ DENSE_REASONS = ("too_short", "no_gain", "too_dense")  # not tried for either re
 
 @dataclass(eq=False)
 class BreakEven:
-    """The choices of one prompt. Ask `tries` before a method plans, `takes` after; `settle` between two steps.
+    """The choices of one prompt, chunk by chunk. Ask `tries` before a method plans, `takes` after; `settle` between two steps.
 
-    A layer is tried when the method is predicted to pay at the density that is expected: the layer's own last one in this
-    prompt, else the mean of the other layers' so far, else the usual one of the method at this length. Else it is tried when
-    what that may lose fits the allowance: 3 % of dense attention's time so far, less what such trials have lost already.
+    A layer is tried when the method is predicted to pay at the density that is expected: the mean of the layers' so far in this
+    chunk, else the usual one of the method at this length. Else it is tried when what that may lose fits the allowance: 3 % of
+    dense attention's time so far in the chunk, less what such trials have lost already.
     On a CPU, where a plan's density is known at once, a plan that is too dense is dropped: only its selection is lost.
 
     Calls smaller than any that was measured are dense. A method that nobody measured on this kind of device is tried from 8192
@@ -48,16 +49,26 @@ class BreakEven:
     device: DeviceCosts | None
     method: str
     counts: Counter[str] = field(default_factory=Counter)
-    _densities: dict[int, float] = field(default_factory=dict)  # by layer
+    _densities: list[float] = field(default_factory=list)  # of the layers so far
     _dense_ms: float = 0.0
     _lost_ms: float = 0.0
     _is_trial: bool = False
-    _pending: list[tuple[int, Size, Tensor]] = field(default_factory=list)
+    _pending: list[tuple[Size, Tensor]] = field(default_factory=list)
 
     @property
     def _costs(self) -> tuple[DeviceCosts, MethodCosts] | None:
         method = self.device.methods.get(self.method) if self.device is not None else None
         return (self.device, method) if self.device is not None and method is not None else None
+
+    def begin_chunk(self) -> None:
+        """Forget what earlier chunks were like. Counts stay."""
+        self._densities.clear()
+        self._dense_ms = self._lost_ms = 0.0
+
+    @property
+    def is_waiting(self) -> bool:
+        """True while a density is on the device that `settle` would read."""
+        return bool(self._pending)
 
     def tries(self, layer: LayerSpec, rows: int, keys: int, device: torch.device) -> bool:
         """Whether the method shall plan this pass."""
@@ -71,24 +82,20 @@ class BreakEven:
         if self._costs is None:
             if size.keys < _LEAST_KEYS:
                 return "too_short"
-            return "" if self._densities.get(layer.idx, 0.0) <= _MOST_DENSITY else "no_gain"
+            return "" if self._expected(0.0) <= _MOST_DENSITY else "no_gain"
         costs, method = self._costs
         dense = costs.dense_ms(size)
         self._dense_ms += dense
         if not method.covers(size):
             return "too_short"
-        selection, attention = method.selection_ms(size), method.attention_ms(size, self._expected(layer.idx, size.keys))
+        expected = self._expected(method.usual_density(size.keys))
+        selection, attention = method.selection_ms(size), method.attention_ms(size, expected)
         self._is_trial = selection + attention > dense
         worst = selection if device.type == "cpu" else selection + max(0.0, method.attention_ms(size, 1.0) - dense)
         return "no_gain" if self._is_trial and self._lost_ms + worst > ALLOWANCE * self._dense_ms else ""
 
-    def _expected(self, layer: int, keys: int) -> float:
-        assert self._costs is not None
-        if layer in self._densities:
-            return self._densities[layer]
-        if self._densities:
-            return sum(self._densities.values()) / len(self._densities)
-        return self._costs[1].usual_density(keys)
+    def _expected(self, usual: float) -> float:
+        return sum(self._densities) / len(self._densities) if self._densities else usual
 
     def takes(self, layer: LayerSpec, plan: TilePlan | None) -> bool:
         """Whether the plan of a pass that was tried shall run."""
@@ -99,11 +106,11 @@ class BreakEven:
         share = plan.kept_pairs.sum().double() * (layer.n_q_heads // plan.mask_heads / size.causal)
         if share.device.type == "cpu":
             density = float(share)
-            if not self._note(layer.idx, size, density, may_drop=True):
+            if not self._note(size, density, may_drop=True):
                 self.counts["too_dense"] += 1
                 return False
         else:
-            self._pending.append((layer.idx, size, share))
+            self._pending.append((size, share))
         self.counts["unmeasured" if self._costs is None else "trial" if self._is_trial else "pays"] += 1
         return True
 
@@ -111,13 +118,13 @@ class BreakEven:
         """Learn the densities of what has run meanwhile. Waits for the device if it has not."""
         if not self._pending:
             return
-        for (layer, size, _), density in zip(self._pending, torch.stack([p[2] for p in self._pending]).tolist(), strict=True):
-            self._note(layer, size, density, may_drop=False)
+        for (size, _), density in zip(self._pending, torch.stack([p[1] for p in self._pending]).tolist(), strict=True):
+            self._note(size, density, may_drop=False)
         self._pending.clear()
 
-    def _note(self, layer: int, size: Size, density: float, *, may_drop: bool) -> bool:
+    def _note(self, size: Size, density: float, *, may_drop: bool) -> bool:
         """Remember a plan's density and what was lost by it; whether running it is faster than dense."""
-        self._densities[layer] = density
+        self._densities.append(density)
         if self._costs is None:
             return density <= _MOST_DENSITY
         dense, method = self._costs[0].dense_ms(size), self._costs[1]

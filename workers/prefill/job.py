@@ -23,8 +23,8 @@ class PrefillJob:
         tail_tokens: tokens that will be generated after the prompt; the segment gets room for them.
         method: an instance, a name with parameters, or None for the engine's default.
         no_cache: neither read nor write the prefix cache.
-        context_tokens: the first n tokens are a context of their own: a method that is not prefix-safe plans over them
-            alone and the rest is dense, so that the context's KV serves other questions. 0 = none.
+        context_tokens: the first n tokens are a context of their own: a sparse method plans over them alone and the rest is
+            dense, so that the context's KV serves other questions. 0 = none.
         tenant: part of every cache key.
         query_sample: keep this many query vectors of each layer and head in the segment, for index training.
     """

@@ -15,6 +15,8 @@ from winnow.workers.prefill.backend import PrefillBackend, Tally, sample_positio
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.break_even import BreakEven
 
+_LAYERS_BETWEEN_READS = 8  # of densities, on an accelerator: each read costs about the launches of one layer
+
 
 @dataclass(frozen=True)
 class Part:
@@ -26,36 +28,33 @@ class Part:
     chunk: int
 
 
-def cache_key(method: PrefillMethod) -> str:
-    """Under which the KV may be reused: "" = the shared prefix cache, else by exact context under the same method only.
+def cache_key(method: PrefillMethod, chunk: int) -> str:
+    """Under which the KV may be reused: "" = the shared prefix cache, else by the same method in the same chunks only.
 
-    Exact and prefix-safe methods share; an approximation does not, though it may be prefix-safe, because a dense request
-    would otherwise be answered from approximate KV (promise R20).
+    An approximation does not share, whatever it is steered by: a dense request would be answered from approximate KV
+    (promise R20).
     """
-    caps = method.caps
-    if caps.exact and caps.prefix_safe:
+    if method.caps.exact:
         return ""
     params: dict[str, str] = {}
     if dataclasses.is_dataclass(method):
         params = {f.name: str(getattr(method, f.name)) for f in dataclasses.fields(method) if f.init}
-    return f"{MethodChoice(method.name, params).spec}@{caps.version}{method.calibration_id}"
+    return f"{MethodChoice(method.name, params).spec}@{method.caps.version}{method.calibration_id}/{chunk}"
 
 
 def plan_parts(method: PrefillMethod, n: int, cached: int, context: int, chunk: int) -> list[Part]:
     """The parts left to compute of a prompt of n tokens of which the first `cached` are there.
 
-    A method that is not prefix-safe plans over the context alone (the whole prompt where none is named), always from its first
-    token: it is steered by the last tokens it sees, so with the question among them the context's KV would serve only it.
+    A sparse method plans chunk by chunk, from a chunk's queries and all keys up to its end. So whatever steers it, the KV of
+    whole chunks depends on no later token, and serves every prompt that begins with them. It plans over the context alone (the
+    whole prompt where none is named): with the question among the tokens the context's last chunk would serve only it.
     """
-    caps = method.caps
-    own = chunk if caps.chunked else 0
-    planner = None if caps.exact else method
-    if caps.prefix_safe:
-        parts = [Part(cached, n, planner, own)]
+    if method.caps.exact:
+        parts = [Part(cached, n, None, chunk)]
     else:
         border = context or n
-        assert cached == 0 or cached >= border, "the store reuses KV of such a method by whole contexts only"
-        parts = [Part(cached, border, planner, own), Part(max(cached, border), n, None, chunk)]
+        assert cached >= border or cached % (chunk or n) == 0, "KV is reused by whole chunks"
+        parts = [Part(cached, border, method, chunk), Part(max(cached, border), n, None, chunk)]
     return [part for part in parts if part.start < part.end]
 
 
@@ -68,12 +67,14 @@ def forward_steps(
     Args:
         ids: tokens whose KV the segment shall hold.
         n_samples: query vectors to keep in the segment's sample, spread over the computed tokens.
-        break_even: of this prompt, see `PrefillBackend`; told between steps what their plans held.
+        break_even: of this prompt, see `PrefillBackend`; told between steps what their plans held. It begins anew with each
+            chunk, so that a chunk's KV is the same whether those before it were computed or taken from the cache.
         measure_rows: rows of each layer and pass on which the recall of a method's plan is measured; 0 = not measured.
 
     Yields:
         Work done in this step, in token-layers. A step is one layer of a part's chunk, or of the whole part where it has none;
-        on an accelerator, where a chunk is quick and waiting for it after each layer is not, a step is a chunk.
+        on an accelerator, where a chunk is quick and waiting for it after each layer is not, a step is a chunk, or 8 layers of
+        it where densities of plans are to be read.
 
     Mutates segment and tally. Closing the iterator stops the work.
     """
@@ -85,18 +86,20 @@ def forward_steps(
         for start in range(part.start, part.end, chunk):
             end = min(start + chunk, part.end)
             rows = [(position - start, slot) for slot, position in enumerate(sampled) if start <= position < end]
+            if break_even is not None:
+                break_even.begin_chunk()
             backend = PrefillBackend(segment, start, part.method, tally, rows, measure_rows, break_even)
             positions = torch.arange(start, end, device=decoder.device)
             by_layer = not part.chunk or decoder.device.type == "cpu"
-            if by_layer:
-                for layer in decoder.iter_forward(tokens[start:end], positions, backend):
-                    if layer + 1 < n_layers:
-                        yield end - start
-                        _settle(tally, break_even)
-            else:
-                decoder.forward(tokens[start:end], positions, backend)
+            booked = 0
+            for layer in decoder.iter_forward(tokens[start:end], positions, backend):
+                reads = (layer + 1) % _LAYERS_BETWEEN_READS == 0 and break_even is not None and break_even.is_waiting
+                if layer + 1 < n_layers and (by_layer or reads):
+                    yield (end - start) * (layer + 1 - booked)
+                    booked = layer + 1
+                    _settle(tally, break_even)
             segment.advance(ids[start:end])
-            yield (end - start) * (1 if by_layer else n_layers)
+            yield (end - start) * (n_layers - booked)
             _settle(tally, break_even)
 
 

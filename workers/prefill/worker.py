@@ -1,7 +1,6 @@
 """The prefill engine: one thread owns the model and turns prompts into KV, a step at a time.
 
-A step is one layer of a chunk of a prompt, or of the whole prompt where the method (or the configuration) takes it whole;
-on an accelerator, one chunk.
+A step is one layer of a chunk of a prompt; on an accelerator, one chunk.
 Between two steps the scheduler may put another job in front, and cancellation is seen. Rankings run in the same thread;
 at each of their forward passes shorter prompts may go first. It knows threads, jobs and leases; no gRPC, no asyncio.
 """
@@ -42,6 +41,10 @@ from winnow.workers.prefill.scheduler import Scheduler
 from winnow.workers.ranking.base import RankContext, Ranker, rankers
 
 log = structlog.get_logger(__name__)
+
+# Where the configuration leaves it open, on an accelerator and on a CPU: choosing costs much the same for a chunk of any length
+# on the first, while on the second a chunk of 2,048 already takes seconds.
+SPARSE_CHUNK_TOKENS = (16384, 2048)
 
 Steps = Generator[tuple[int, int], None, None]  # each step yields (work done, work left), token-layers
 
@@ -219,15 +222,16 @@ class PrefillEngine:
         n = len(ids)
         context = min(job.context_tokens, n)
         sample = (spec.n_q_heads, job.query_sample) if job.query_sample else None
+        chunk = self.config.chunk_tokens if method.caps.exact else self._sparse_chunk_tokens
         lease = task.lease = self.store.acquire(
-            ids, job.tail_tokens + 1, tenant=job.tenant, method=cache_key(method), context_tokens=context,
-            use_cache=not job.no_cache, query_sample=sample,
+            ids, job.tail_tokens + 1, tenant=job.tenant, method=cache_key(method, chunk), context_tokens=context,
+            chunk_tokens=chunk, use_cache=not job.no_cache, query_sample=sample,
         )  # fmt: skip
         cached = lease.cached_tokens
         tally, break_even = Tally(), self._break_even(method)
         told = cached
         self._emit(task, Progress(told, n))
-        parts = plan_parts(method, n, cached, context, self.config.chunk_tokens)
+        parts = plan_parts(method, n, cached, context, chunk)
         left = (n - cached) * spec.n_layers
         steps = forward_steps(
             self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally, self.config.recall_rows, break_even
@@ -303,6 +307,10 @@ class PrefillEngine:
             name, params = parse_spec(self.config.method) if wanted is None else (wanted.name, dict(wanted.params))
             wanted = prefill_methods.create(name, dict(params))
         return wanted.bind(self.model)
+
+    @property
+    def _sparse_chunk_tokens(self) -> int:
+        return self.config.sparse_chunk_tokens or SPARSE_CHUNK_TOKENS[self.model.decoder.device.type == "cpu"]
 
     def _break_even(self, method: PrefillMethod) -> BreakEven | None:
         """For one prompt; None where there is nothing to choose."""

@@ -13,10 +13,12 @@ from winnow.registry import Capabilities
 from winnow.types import Document, MethodChoice
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod
+from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size
 from winnow.workers.prefill.job import Failed, PrefillJob, PrefillResult, Progress, RankJob, RankResult
 from winnow.workers.prefill.methods.dense import Dense
 from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 from winnow.workers.prefill.methods.flexprefill import FlexPrefill
+from winnow.workers.prefill.methods.recall import Recall
 from winnow.workers.prefill.scoring import KeyTiles
 from winnow.workers.ranking.base import RankContext, Ranker
 
@@ -158,6 +160,44 @@ def test_kv_of_an_approximate_method_is_not_given_to_dense_requests_though_prefi
 
 
 @pytest.mark.promise("R20")
+@pytest.mark.parametrize(
+    "method",
+    [SPARSE, Recall(recall=0.7, stride=8, block=32), FlashPrefill(block=32, sink_tiles=1, window_tiles=1, alpha=0.7), Tail()],
+    ids=lambda m: m.name,
+)
+def test_whole_chunks_of_a_sparse_method_serve_every_prompt_that_begins_with_them(rig: MakeRig, method: PrefillMethod) -> None:
+    """Whatever steers the method, the KV is that of a cold run to the last bit, for no other method's request, and no tail."""
+    shared = prompt(400)
+    one, two = shared + prompt(60, 1), shared + prompt(75, 2)
+    warm, cold = rig(sparse_chunk_tokens=96), rig(sparse_chunk_tokens=96)
+    assert warm.run_prefill(one, method=method).cached_tokens == 0
+    found, fresh = warm.run_prefill(two, method=method), cold.run_prefill(two, method=method)
+    assert (found.cached_tokens, fresh.cached_tokens) == (384, 0), "four chunks of 96, not the 16 tokens of the fifth"
+    assert fresh.density < 1.0 and torch.equal(kv_of(found), kv_of(fresh))
+    assert warm.run_prefill(shared[:200], method=method).cached_tokens == 192, "a shorter prompt takes fewer chunks"
+    assert warm.run_prefill(two).cached_tokens == 0, "a dense request takes none of it"
+    assert warm.run_prefill(shared + prompt(60, 3), method=method, context_tokens=300).cached_tokens == 288
+
+
+@pytest.mark.promise("R20")
+def test_chunks_from_the_cache_change_no_later_choice_between_sparse_and_dense(
+    rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first chunk the method keeps everything and its plans are dropped; that must not steer what follows it."""
+    size = Size(96, 96, 4, 16).attended(1.0)[0]
+    costs = DeviceCosts((1.0 / size, 0.0, 0.0), {"tail": MethodCosts((1.05 / size, 0.0, 0.0), (0.2 / size, 0.0, 0.0), 1.0)})
+    monkeypatch.setattr("winnow.workers.prefill.worker.costs_of", lambda device: costs)
+    monkeypatch.setattr(MethodCosts, "usual_density", lambda self, keys: 0.5)
+    method, ids, others = Tail(recent=96), prompt(97), prompt(300, 1)
+    first, longer = ids, ids[:96] + others
+    warm, cold = (rig(sparse_chunk_tokens=96, break_even=True) for _ in range(2))
+    assert warm.run_prefill(first, method=method).passes == {"too_dense": 1, "no_gain": 1}
+    found, fresh = warm.run_prefill(longer, method=method), cold.run_prefill(longer, method=method)
+    assert found.cached_tokens == 96 and 0 < fresh.dense_share < 1
+    assert torch.equal(kv_of(found), kv_of(fresh))
+
+
+@pytest.mark.promise("R20")
 def test_a_context_planned_alone_is_reused_exactly_under_other_questions(rig: MakeRig) -> None:
     r = rig()
     context, one, two = prompt(400), prompt(30, 1), prompt(45, 2)
@@ -187,7 +227,7 @@ def test_density_is_weighted_by_causal_pairs_with_dense_parts_counted_whole(rig:
     result = r.run_prefill(prompt(n + 1), method=Tail(recent=recent), no_cache=True)
     kept = sum(min(i + 1, recent) for i in range(n))
     assert result.density == pytest.approx(kept / (n * (n + 1) / 2), rel=1e-6)
-    chunked = rig(chunk_tokens=48).run_prefill(prompt(n + 1), method=Tail(recent=recent), no_cache=True)
+    chunked = rig(sparse_chunk_tokens=48).run_prefill(prompt(n + 1), method=Tail(recent=recent), no_cache=True)
     assert chunked.density == pytest.approx(result.density, rel=1e-6)
 
 
@@ -227,12 +267,12 @@ def test_the_engine_keeps_a_methods_state_for_one_prompt_and_the_kv_is_the_same(
     extended = KeyTiles.extended
     monkeypatch.setattr(KeyTiles, "extended", counting)
     ids = prompt(513)
-    with_state = rig(chunk_tokens=128)
+    with_state = rig(sparse_chunk_tokens=128)
     first = with_state.run_prefill(ids, method=method, no_cache=True)
     again = with_state.run_prefill(ids, method=method, no_cache=True)
     assert pooled == [128] * 2 * 4 * 2, "of two layers, four chunks and two prompts: each key once"
     monkeypatch.setattr(FlashPrefill, "for_prompt", lambda self: self)
-    without = rig(chunk_tokens=128).run_prefill(ids, method=method, no_cache=True)
+    without = rig(sparse_chunk_tokens=128).run_prefill(ids, method=method, no_cache=True)
     assert first.density < 1.0 and torch.equal(kv_of(first), kv_of(without)) and torch.equal(kv_of(again), kv_of(without))
 
 

@@ -142,6 +142,25 @@ def test_kv_that_is_not_prefix_safe_never_enters_the_shared_cache(store: Segment
 
 
 @pytest.mark.promise("R20")
+def test_whole_chunks_of_a_method_serve_every_context_that_begins_with_them(store: SegmentStore) -> None:
+    """PROMPT has 23 tokens: two chunks of 8, whose KV depends on no later token, and a third that ends with the context."""
+    key = {"method": "recall/8", "chunk_tokens": 8}
+    run(store, PROMPT, **key)
+    assert store.prefix_tokens([*PROMPT, 1], **key) == 16
+    assert store.prefix_tokens([*PROMPT[:20], 1, 2, 3], **key) == 16
+    assert store.prefix_tokens(PROMPT[:15], **key) == 8, "a chunk that is shorter is another one"
+    assert store.prefix_tokens(PROMPT, context_tokens=9, **key) == 8
+    assert store.prefix_tokens(PROMPT, **key) == 23
+    assert store.prefix_tokens([9, *PROMPT], **key) == 0
+    assert store.prefix_tokens(PROMPT) == store.prefix_tokens(PROMPT, method="recall/4", chunk_tokens=4) == 0
+    run(store, [*PROMPT, 7, 7, 7], context_tokens=17, **key)
+    assert store.prefix_tokens([*PROMPT, 7, 7, 7], **key) == 16, "behind its context the other one's third chunk is dense"
+    assert store.prefix_tokens([*PROMPT, 8], context_tokens=17, **key) == 17
+    with pytest.raises(InvalidRequest, match="chunk_tokens must be >= 0"):
+        store.acquire(PROMPT, 0, method="m", chunk_tokens=-1)
+
+
+@pytest.mark.promise("R20")
 def test_a_context_planned_alone_is_reused_under_another_question(store: SegmentStore) -> None:
     key = {"method": "flexprefill", "context_tokens": 18}
     run(store, PROMPT, salt="flex", **key)

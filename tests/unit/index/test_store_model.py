@@ -21,7 +21,7 @@ from winnow.index.segment import segment_bytes
 from winnow.index.store import Lease, SegmentStore
 from winnow.types import SegmentHandle
 
-from .kv_fill import assert_holds, fill
+from .kv_fill import Salt, assert_holds, fill
 
 T = TypeVar("T")
 BLOCK = 4
@@ -33,6 +33,7 @@ TOKENS = st.builds(
     st.sampled_from(TRUNKS), st.sampled_from([0, 2, 3, 4, 8, 11, 64, 130, 150]), st.sampled_from([[], [1], [2], [1, 2, 3, 4, 5]]),
 )  # fmt: skip
 UNTIL = st.sampled_from(["written", "published", "published", "released", "released", "released"])
+CHUNK = {"": 0, "m": 0, "n": 8}  # method n plans in chunks of 8 tokens
 CONTEXTS = st.sampled_from([0, 0, 3, 8, 11])
 
 
@@ -43,8 +44,10 @@ class Granted:
     lease: Lease
     tokens: list[int]  # prompt, then the tail written so far
     n_prompt: int
-    salt: str
+    salt: Salt
     use_cache: bool
+    tenant: str
+    method: str
     expires: float | None = None  # None until published
 
     @property
@@ -63,19 +66,29 @@ class Entry:
 
 
 def usable(entry: Entry, tokens: list[int], tenant: str, method: str, context: int) -> int:
-    """Leading tokens of `tokens` that this entry may serve, by the rules in words: same tenant and method; for a
-    prefix-safe method whole blocks, or the entry whole; for others the same context, or the same whole."""
+    """Leading tokens of `tokens` that this entry may serve, by the rules in words: same tenant and method; for an exact method
+    whole blocks, or the entry whole; for others the same context, or the same whole, or chunks that are whole in both."""
     if (entry.tenant, entry.method) != (tenant, method):
         return 0
-    if method:
-        ours, theirs = context or len(tokens), entry.context or len(entry.tokens)
-        if entry.tokens[:theirs] != tokens[:ours] or ours != theirs:
-            return 0
-        return len(tokens) if entry.tokens == tokens else ours
     common = next(
         (i for i, (a, b) in enumerate(zip(entry.tokens, tokens, strict=False)) if a != b), min(len(entry.tokens), len(tokens))
     )
+    if method:
+        ours, theirs = context or len(tokens), entry.context or len(entry.tokens)
+        if ours == theirs <= common:
+            return len(tokens) if entry.tokens == tokens else ours
+        return min(common, ours, theirs) // CHUNK[method] * CHUNK[method] if CHUNK[method] else 0
     return common if common == len(entry.tokens) else common // BLOCK * BLOCK
+
+
+def salt_of(tokens: list[int], tenant: str, method: str, context: int) -> Salt:
+    """What a method's KV depends on: whole chunks on the tokens up to their end, the rest of the context on all of it, and what
+    follows on where the context ended. Without a context the whole is its own: both are planned over the same tokens."""
+    if not method:
+        return tenant
+    own = context or len(tokens)
+    ends = range(CHUNK[method], own + 1, CHUNK[method]) if CHUNK[method] else ()
+    return (*((end, f"{tenant}/{method}/{tokens[:end]}") for end in ends), (own, f"{tenant}/{method}/{own}/{tokens[:own]}"))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -139,17 +152,25 @@ class StoreMachine(RuleBasedStateMachine):
         before -= lapsed
         spare = self.store.budget_bytes - self.store.stats().bytes + sum(self.size(sid) for sid in lapsed)
         try:
-            lease = self.store.acquire(tokens, tail, tenant=tenant, method=method, context_tokens=context, use_cache=use_cache)
+            lease = self.store.acquire(
+                tokens,
+                tail,
+                tenant=tenant,
+                method=method,
+                context_tokens=context,
+                chunk_tokens=CHUNK[method],
+                use_cache=use_cache,
+            )
         except Overloaded:
             leased = sum(self.size(sid) for sid in held)
             assert leased + need > self.store.budget_bytes, "refused although evicting idle entries would have made room"
             return
         assert lease.fencing > self.last_fencing
         self.last_fencing = lease.fencing
-        own = context or len(tokens)  # without a context the whole is its own: both are planned over the same tokens
-        salt = f"{tenant}/{method}/{own}/{tokens[:own]}" if method else f"{tenant}//"
+        salt = salt_of(tokens, tenant, method, context)
         assert_holds(lease.segment, tokens[: lease.cached_tokens], salt)
-        granted = Granted(lease, list(tokens), len(tokens), salt, use_cache, self.now + LEASE_S if lease.is_shared else None)
+        expires = self.now + LEASE_S if lease.is_shared else None
+        granted = Granted(lease, list(tokens), len(tokens), salt, use_cache, tenant, method, expires)
         self.live.append(granted)
         gone = before - self.on_disk()
         if lease.is_shared:
@@ -225,11 +246,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.dead.append(handle)
         sid = granted.lease.segment.segment_id
         others = any(g.lease.segment.segment_id == sid for g in self.live)
-        if tail and granted.expires is not None and granted.use_cache and granted.salt.split("/")[1] == "" and not others:
+        if tail and granted.expires is not None and granted.use_cache and not granted.method and not others:
             self.entries.pop(sid, None)
-            tenant = granted.salt.split("/")[0]
-            if not any((e.tokens, e.tenant, e.method) == (granted.tokens, tenant, "") for e in self.entries.values()):
-                self.entries[sid] = Entry(list(granted.tokens), tenant, "", 0)
+            if not any((e.tokens, e.tenant, e.method) == (granted.tokens, granted.tenant, "") for e in self.entries.values()):
+                self.entries[sid] = Entry(list(granted.tokens), granted.tenant, "", 0)
 
     @rule(data=st.data(), ttl=st.sampled_from([0.0, 3.0, 30.0, 1e6]))
     def renew(self, data: st.DataObject, ttl: float) -> None:
@@ -280,7 +300,10 @@ class StoreMachine(RuleBasedStateMachine):
         good = float(segment.v(0)[0, 0, 0])
         segment.v(0)[0, 0, 0] += 1.0
         corrupt = self.store.stats().corrupt
-        lease = self.store.acquire(entry.tokens, 0, tenant=entry.tenant, method=entry.method, context_tokens=entry.context)
+        lease = self.store.acquire(
+            entry.tokens, 0, tenant=entry.tenant, method=entry.method, context_tokens=entry.context,
+            chunk_tokens=CHUNK[entry.method],
+        )  # fmt: skip
         if self.store.stats().corrupt > corrupt:
             self.entries.pop(sid)
         else:  # another entry served it, or none could be afforded: mend this one

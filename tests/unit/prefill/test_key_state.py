@@ -98,6 +98,4 @@ def test_a_copy_for_a_prompt_is_the_same_method_with_a_memory_of_its_own() -> No
     one, two = plain.for_prompt(), plain.for_prompt()
     assert one == two == plain and one is not plain
     assert one._state is not None and one._state is not two._state and plain._state is None
-    whole = FlashPrefill()
-    assert whole.for_prompt() is whole, "it sees its prompt at once"
     assert XAttention().for_prompt() == XAttention()
