@@ -165,7 +165,7 @@ def dense_ms(case: Case) -> list[float]:
     return timed_ms(run, 5)
 
 
-def run_plan(plan: TilePlan, case: Case) -> Tensor:
+def run_plan(plan: TilePlan | None, case: Case) -> Tensor:
     return attend_plan(plan, case.q, case.k, case.v, scale=case.layer.scale, softcap=case.layer.softcap)[0]
 
 

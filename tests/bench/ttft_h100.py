@@ -1,6 +1,6 @@
 """One GPU: how long a prompt takes from its submission until its KV is there, dense and with each candidate default method.
 
-    python tests/bench/ttft_h100.py [--seconds S] [--methods a,b] [--lengths 131072,32768,65536]
+    python tests/bench/ttft_h100.py [--seconds S] [--methods a,b] [--lengths 131072,32768,65536] [--chunk C]
 
 The model is 8B-shaped (32 layers, hidden 4096, MLP 14336, 32 query and 8 KV heads of 128, bf16) and runs whole, through the
 prefill engine: embeddings, norms, all linear layers, RoPE, KV written to a segment, selection, attention. Its weights are random,
@@ -10,10 +10,11 @@ and columns, a slash or topics by head; tests/unit/workloads.py), of the same sh
 draws. v is the model's own. Dense attention gets the same q and k. What is measured is so the real amount of work of every part,
 at the sparsity this workload allows; a real text allows more or less.
 
-A method runs at the cheapest setting of its ladder (`LADDERS`) whose mean recall, over sampled rows of all query heads of the
-four draws at that length, reaches 0.95; where none does, at the last, and the note says so. Row `ttft/<N>/<method>`: seconds
-from submission to result, control: the same without a method, cuDNN attention, in the same run. The note holds setting, recall,
-density, and what selection and attention take in one layer. `ttft/<N>/ran`: how many methods there was time for.
+A method runs in chunks as served (`prefill.sparse_chunk_tokens`, or --chunk), at the cheapest setting of its ladder (`LADDERS`)
+whose mean recall, over sampled rows of all query heads of the four draws at that length, reaches 0.95; where none does, at the
+last, and the note says so. Row `ttft/<N>/<method>`: seconds from submission to result, control: the same without a method, cuDNN
+attention, in the same run. The note holds setting, recall, density, and what selection and attention take in one layer.
+`ttft/<N>/ran`: how many methods there was time for.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ from winnow.registry import parse_spec
 from winnow.workers.attention.backend import RawQK
 from winnow.workers.model.decoder import Decoder, Step
 from winnow.workers.model.loader import LoadedModel
+from winnow.workers.prefill.backend import PrefillBackend
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.job import PrefillJob, PrefillResult
-from winnow.workers.prefill.worker import PrefillEngine
+from winnow.workers.prefill.worker import SPARSE_CHUNK_TOKENS, PrefillEngine
 
 DRAWS = 4
 RECALL = 0.95
@@ -83,12 +85,14 @@ def draws(n: int) -> list[Draw]:
 
 @contextmanager
 def structured(decoder: Decoder, bank: list[Draw]) -> Iterator[None]:
-    """All layers' token mixers project as ever, and attend with a draw's q and k in place of what they got."""
+    """All layers' token mixers project as ever, and attend with a draw's q and k of the chunk in place of what they got."""
 
     def mix(own: Draw, idx: int, x: Tensor, step: Step) -> Tensor:
-        heads = decoder.project(idx, x, step.ropes)
-        assert heads.q.shape == own.q.shape, f"made for {list(own.q.shape)}, got {list(heads.q.shape)}"
-        mixed = step.backend.attend(decoder.spec.layers[idx], own.q, own.k, heads.v, RawQK(heads.raw_q, heads.raw_k))
+        heads, backend = decoder.project(idx, x, step.ropes), step.backend
+        assert isinstance(backend, PrefillBackend)
+        q, k = (t[:, backend.start : backend.start + x.shape[0]] for t in (own.q, own.k))
+        assert heads.q.shape == q.shape, f"made for {list(own.q.shape)}, got {list(heads.q.shape)} at {backend.start}"
+        mixed = backend.attend(decoder.spec.layers[idx], q, k, heads.v, RawQK(heads.raw_q, heads.raw_k))
         return decoder.project_out(idx, mixed.transpose(0, 1).reshape(x.shape[0], -1))
 
     before = decoder.mixers
@@ -99,30 +103,37 @@ def structured(decoder: Decoder, bank: list[Draw]) -> Iterator[None]:
         decoder.mixers = before
 
 
-def operating_point(ladder: tuple[str, ...], model: LoadedModel, bank: list[Draw]) -> tuple[PrefillMethod, str]:
-    """The first setting that reaches RECALL, and the note of its row."""
+def operating_point(ladder: tuple[str, ...], model: LoadedModel, bank: list[Draw], chunk: int) -> tuple[PrefillMethod, str]:
+    """The first setting that reaches RECALL when each chunk is planned by itself, and the note of its row."""
     layer, note = model.spec.layers[0], ""
     for spec in ladder:
         name, params = parse_spec(spec)
         method = prefill_methods.create(name, dict(params)).bind(model)
-        recalls, densities = [], []
+        recalled = kept = causal = selection = attention = 0.0
         for own in bank:
-            case = Case("", layer, own.q[None], own.k[None], own.k[None])
-            plan = method.plan(case.q, case.k, layer)
-            if plan is None:
-                return method, f"{spec}: left dense"
-            found = compared(case, plan, run_plan(plan, case))
-            recalls.append(float(found.recall.mean()))
-            densities.append(plan.density())
-        recall = statistics.mean(recalls)
-        selection = statistics.median(timed_ms(lambda m=method, c=case: m.plan(c.q, c.k, layer), 3))  # type: ignore[misc]
-        attention = statistics.median(timed_ms(lambda p=plan, c=case: run_plan(p, c), 3))  # type: ignore[misc]
+            n = own.q.shape[1]
+            for start in range(0, n, chunk):
+                end = min(start + chunk, n)
+                case = Case("", layer, own.q[None, :, start:end], own.k[None, :, :end], own.k[None, :, :end])
+                plan = method.plan(case.q, case.k, layer)
+                pairs = (end - start) * (start + end + 1) / 2
+                share = 1.0
+                if plan is not None:
+                    share = float(compared(case, plan, run_plan(plan, case)).recall.mean())
+                recalled += share * (end - start) / n / len(bank)
+                kept += pairs * (plan.density() if plan is not None else 1.0)
+                causal += pairs
+                if own is bank[-1]:
+                    selection += statistics.median(timed_ms(lambda m=method, c=case: m.plan(c.q, c.k, layer), 3))  # type: ignore[misc]
+                    attention += statistics.median(timed_ms(lambda p=plan, c=case: run_plan(p, c), 3))  # type: ignore[misc]
+        if kept == causal:
+            return method, f"{spec}: left dense"
         note = (
-            f"{spec}: recall {recall:.3f}, density {statistics.mean(densities):.3f}, a layer's selection {selection:.1f} ms and "
-            f"attention {attention:.1f} ms"
+            f"{spec} in chunks of {min(chunk, n)}: recall {recalled:.3f}, density {kept / causal:.3f}, a layer's selection "
+            f"{selection:.1f} ms and attention {attention:.1f} ms"
         )
         print(f"    {note}", flush=True)
-        if recall >= RECALL:
+        if recalled >= RECALL:
             return method, note
     return method, f"{note}; no setting tried reaches a recall of {RECALL}"
 
@@ -147,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200.0, help="wall clock after which what is left is skipped")
     parser.add_argument("--methods", default=",".join(LADDERS))
     parser.add_argument("--lengths", default="32768,131072,65536")
+    parser.add_argument("--chunk", type=int, default=SPARSE_CHUNK_TOKENS[False], help="tokens that a method plans at a time")
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
@@ -157,7 +169,8 @@ def main() -> None:
     rows: list[Row] = []
     dense = prefill_methods.create("dense", {})
     generator = torch.Generator().manual_seed(1)
-    config = PrefillConfig(chunk_tokens=0, break_even=False)  # each method runs in every layer, also where dense is faster
+    # Each method runs in every layer, also where dense is faster; dense reads the prompt in one piece, which is its fastest.
+    config = PrefillConfig(chunk_tokens=0, sparse_chunk_tokens=options.chunk, break_even=False)
     with PrefillEngine(model, store, config) as engine:
         for n in (4_096, 8_192):  # kernels are compiled for one length, then for any
             seconds_of(engine, store, torch.randint(0, spec.vocab_size, (n + 1,), generator=generator).tolist(), dense, 0)
@@ -182,7 +195,7 @@ def main() -> None:
                         skipped.append(name)
                         continue
                     try:
-                        method, note = operating_point(LADDERS[name], model, bank)
+                        method, note = operating_point(LADDERS[name], model, bank, options.chunk)
                         seconds, result = seconds_of(engine, store, ids, method, repeats, warm)
                     except Exception as error:  # one method that fails ends itself only
                         rows.append(failed(at, f"{type(error).__name__}: {error}"))
