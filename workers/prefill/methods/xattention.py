@@ -92,8 +92,8 @@ class XAttention(PrefillMethod):
         batch, hq, n, d = q.shape
         hkv, m = k.shape[1], k.shape[2]
         group, past, per_tile = hq // hkv, m - n, b // size
-        padded = torch.nn.functional.pad(k, (0, 0, 0, -m % b)).unflatten(2, (-1, size))
-        cells_k = padded.flip(3).flatten(3)  # [B, Hkv, nK per_tile, S D]; reversed here, where there are fewer heads
+        keys = torch.nn.functional.pad(k, (0, 0, 0, -m % b)) if m % b else k
+        cells_k = keys.unflatten(2, (-1, size)).flatten(3)  # [B, Hkv, nK per_tile, S D]; a view of whole tiles of cached keys
         shares = torch.zeros(batch, hq, -(-n // b), -(-m // b), device=q.device)
         fast = score_kernels(q, layer)
         cell_bytes = (8.0 if fast is None else 2.0 + 4 / per_tile) / (size**2 * every)
@@ -105,7 +105,8 @@ class XAttention(PrefillMethod):
                 rows = torch.nn.functional.pad(rows, (0, 0, 0, -(end - first) % b))
                 if end % size:  # the last cell has fewer rows to average over
                     rows[:, :, end // size * size - first :] *= size / (end % size)
-            cells_q = rows.unflatten(2, (-1, every, size))[:, :, :, 0]  # [B, heads, cells, S, D]
+            # Reversed are the rows, of which there may be fewer than keys and which are copied anyway.
+            cells_q = rows.unflatten(2, (-1, every, size))[:, :, :, 0].flip(3)  # [B, heads, cells, S, D]
             n_cells = cells_q.shape[2]
             cells_q = cells_q.contiguous().view(batch, -1, group * n_cells, size * d)
             logits = quick_logits(cells_q, cells_k[:, heads, :width], layer, 1 / size).view(batch, -1, n_cells, width)
