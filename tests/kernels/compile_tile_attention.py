@@ -22,21 +22,28 @@ from winnow.workers.attention.kernels.tile_attention.kernel import Launch, tile_
 _TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _TYPES = {"full_offsets": "*i64", "full_ids": "*i32", "partial_offsets": "*i64", "partial_ids": "*i32", "sink_ptr": "*i32",
           "recent_ptr": "*i32", "intervals_ptr": "*i32", "column_offsets": "*i64", "column_ids": "*i32", "lse_ptr": "*fp32",
-          "pooled_weights": "*fp32", "scale_log2": "fp32", "counter": "*i32", "scale": "fp32"}  # fmt: skip
+          "pooled_weights": "*fp32", "scale_log2": "fp32", "page_table": "*i32", "k_scale_ptr": "*fp32",
+          "v_scale_ptr": "*fp32", "items_ptr": "*i32", "sequences_ptr": "*i64", "counter": "*i32", "scale": "fp32"}  # fmt: skip
 
 
 def compile_for(dtype: str, head_size: int, block_q: int, block_k: int, *features: str) -> dict[str, object]:
     """Facts about one build: whether it uses Hopper's matrix instruction, its shared memory, its size.
 
-    features: names of `Launch.constants`; "hopper" = the kernel for Hopper, "pairs" = two heads share a list.
+    features: names of `Launch.constants`, "page64" = pages of 64 keys; "hopper" = the kernel for Hopper, "pairs" = two heads
+    share a list.
     """
     if "hopper" in features:
         built = _hopper(dtype, head_size, block_q, block_k, {name for name in features if name != "hopper"})
     else:
         launch = Launch.choose(_TORCH[dtype], head_size, block_q, block_k)
-        constants = launch.constants(**dict.fromkeys(features, True))
+        page = next((int(name[4:]) for name in features if name.startswith("page")), 0)
+        constants = launch.constants(**{name: True for name in features if not name.startswith("page")}, page=page)
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        built = _build(ASTSource, tile_attention_kernel, dtype, constants, {}, options)
+        used = {"page_table": page > 0, "k_scale_ptr": "fp8" in features, "v_scale_ptr": "fp8" in features,
+                "items_ptr": "packed" in features, "sequences_ptr": "packed" in features}  # fmt: skip
+        constants.update({name: None for name, is_used in used.items() if not is_used})
+        types = {"k_ptr": "*fp8e4nv", "v_ptr": "*fp8e4nv"} if "fp8" in features else {}
+        built = _build(ASTSource, tile_attention_kernel, dtype, constants, types, options)
     return {
         "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
         "tma": built.asm["ptx"].count("cp.async.bulk.tensor"),

@@ -6,6 +6,7 @@ The choice must be made before a kernel module is imported and holds for the pro
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ _HERE = Path(__file__).resolve().parent
 _HAS_CUDA = torch.cuda.is_available()
 if not _HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
+_CASES = str(_HERE.parent / "unit" / "attention")  # plans and tensors that the executor's tests use too
+if _CASES not in sys.path:
+    sys.path.append(_CASES)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,6 +23,15 @@ CASES = [
     "bf16,128,128,128,intervals,columns,pooled",
     "bf16,256,64,64,intervals,columns,pooled",
 ]
+STORED_CASES = [
+    "bf16,128,128,128,page64",
+    "bf16,128,128,128,page16,columns,pooled",
+    "bf16,128,128,128,fp8",
+    "bf16,128,128,128,packed",
+    "bf16,256,64,64,page16,fp8,packed,streams,intervals,columns,pooled",
+    "fp16,64,64,64,page128,fp8,packed",
+    "fp32,64,32,32,page16,fp8,packed",
+]
 HOPPER_CASES = [
     "bf16,128,128,128,hopper",
     "fp16,64,128,32,hopper,streams",
@@ -35,7 +44,7 @@ HOPPER_CASES = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("cases", [CASES, HOPPER_CASES], ids=["general", "hopper"])
+@pytest.mark.parametrize("cases", [CASES, STORED_CASES, HOPPER_CASES], ids=["general", "stored", "hopper"])
 def test_builds_for_sm_90(tmp_path: Path, cases: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

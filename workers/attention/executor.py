@@ -44,14 +44,14 @@ def attend_plan(
     window = 0 if window >= k.shape[2] else window
     if plan is None:
         return _dense(q, k, v, scale, softcap, window)
-    _check_plan(plan, q, k)
+    check_plan(plan, q, k.shape[2], k.shape[1])
     rest = replace(plan, mean_correction=False)
     fused = window == 0 and softcap == 0.0  # then the mean correction is computed along with what is read
     if plan.kinds == {HeadClass.DENSE}:
         out, lse = _dense(q, k, v, scale, softcap, window)
     elif window == 0 and q.device.type == "cpu":
         out, lse = sparse.attend(plan if fused else rest, q, k, v, scale=scale, softcap=softcap)
-    elif fused and _fits_kernel(plan, q):
+    elif fused and fits_kernel(plan, q):
         from winnow.workers.attention.kernels.tile_attention.kernel import tile_attention  # triton: absent on most CPU machines
 
         out, lse = tile_attention(plan, q, k, v, scale=scale)
@@ -66,7 +66,8 @@ def attend_plan(
     return merged.to(q.dtype), lse
 
 
-def _fits_kernel(plan: TilePlan, q: Tensor) -> bool:
+def fits_kernel(plan: TilePlan, q: Tensor) -> bool:
+    """Whether the Triton kernel can run these tiles and heads, on CUDA."""
     if q.device.type != "cuda":
         return False
     from winnow.workers.attention.kernels.tile_attention.kernel import why_not
@@ -126,13 +127,14 @@ def _splits(hkv: int, m: int) -> int:
     return max(1, min(-(-torch.get_num_threads() // hkv), m // _SPLIT_KEYS))
 
 
-def _check_plan(plan: TilePlan, q: Tensor, k: Tensor) -> None:
-    if (plan.n_rows, plan.n_keys) != (q.shape[2], k.shape[2]):
-        raise InvalidRequest(f"plan: made for {plan.n_rows} rows and {plan.n_keys} keys, got {q.shape[2]} and {k.shape[2]}")
-    if plan.mask_heads not in (1, k.shape[1], q.shape[1]) or plan.batch not in (1, q.shape[0]):
+def check_plan(plan: TilePlan, q: Tensor, n_keys: int, kv_heads: int) -> None:
+    """Raise InvalidRequest unless the plan was made for q [B, Hq, N, D] and this many keys, on q's device."""
+    if (plan.n_rows, plan.n_keys) != (q.shape[2], n_keys):
+        raise InvalidRequest(f"plan: made for {plan.n_rows} rows and {plan.n_keys} keys, got {q.shape[2]} and {n_keys}")
+    if plan.mask_heads not in (1, kv_heads, q.shape[1]) or plan.batch not in (1, q.shape[0]):
         raise InvalidRequest(
             f"plan: has {plan.batch} sequences and {plan.mask_heads} mask heads; needs {q.shape[0]} (or 1) and "
-            f"{q.shape[1]} query heads, {k.shape[1]} KV heads or 1"
+            f"{q.shape[1]} query heads, {kv_heads} KV heads or 1"
         )
     if plan.device != q.device:
         raise InvalidRequest(f"plan: lies on {plan.device}, q on {q.device}; move one of them")
