@@ -169,18 +169,19 @@ def frontier(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
     figure = _new_figure(1.0 + 3.3 * columns, 3.0 * lines + legend_height)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     handles: dict[str, Any] = {}
+    ranges = {(row.method, row.length): row.time_range or (1.0, 1.0) for row in rows}
     for axis, length in zip(axes.flat, lengths, strict=False):
         points = [(row.time_ratio, _quality(row, answered), row.method) for row in rows if row.length == length]
         known = [(x, y, method) for x, y, method in points if x is not None and y is not None]
         best = [(x, y) for x, y, _ in known if not any(_beats(other, (x, y)) for other in known)]
         axis.step(*zip(*sorted(set(best)), strict=True), where="post", color="#BBBBBB", linewidth=1.5, zorder=1)
-        axis.axvline(1.0, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
+        axis.axvline(1.0, color="#555555", linewidth=1.0, linestyle=":", zorder=0)
         for x, y, method in known:
             colour, marker = mark_of(method, methods)
-            fill = "none" if method == CONTROL else colour  # a ring round what lies on top of dense
-            (handles[method],) = axis.plot(
-                x, y, marker, color=colour, markersize=11 if method == CONTROL else 8, markerfacecolor=fill, markeredgewidth=1.5,
-                markeredgecolor=colour if method == CONTROL else "white", clip_on=False, zorder=3,
+            axis.hlines(y, *ranges[method, length], color=colour, linewidth=1.2, alpha=0.6, zorder=2)
+            (handles[method],) = axis.plot(  # hollow: what lies on top of another must not hide it
+                x, y, marker, color=colour, markersize=13 if method == CONTROL else 8, markerfacecolor="none",
+                markeredgewidth=1.8, clip_on=False, zorder=3,
             )  # fmt: skip
         axis.set_title(f"{tokens_text(length)} tokens")
         axis.set_xlabel("prefill time / dense")
@@ -194,7 +195,8 @@ def frontier(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
     margin = max(0.2, 0.1 * (max(times) - min(times)))  # a few percent must not look like much
     axes.flat[0].set_xlim(max(0.0, min(times) - margin), max(times) + margin)
     if answered:
-        axes.flat[0].set_ylim(-0.03, 1.05)
+        least = min(row.score for row in rows if row.score is not None)
+        axes.flat[0].set_ylim(math.floor(10 * min(least, 0.7)) / 10 - 0.03, 1.03)  # a few percent must not look like much
     for line in axes:
         line[0].set_ylabel("mean score" if answered else "1 / perplexity")
     shown = [method for method in methods if method in handles]

@@ -6,10 +6,12 @@ lengths and seeds may be added to it later: a cell is known by everything its re
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,28 @@ def _processor() -> str:
     return f"{name or platform.machine()}, {os.cpu_count()} cores"
 
 
+@functools.cache
+def commit() -> str:
+    """Short commit of the checkout that runs, with "+" when it has changes; "" for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, or not ours to ask
+        return ""
+    return head + ("+" if changed else "")
+
+
+def check_free(folder: Path, *, resume: bool) -> None:
+    """Raises Conflict: the folder holds cells and resume is False."""
+    if (folder / CELLS).exists() and not resume:
+        raise Conflict("--out: the folder holds an evaluation already; add --resume to go on with it, or use another folder")
+
+
 def cell_key(*parts: object) -> str:
     """The name of a cell: a digest of everything its result depends on."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
@@ -79,14 +103,13 @@ class Journal:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.done = self._open(shared, resume)
-            self._file = (folder / CELLS).open("ab")
+            self._file = (folder / CELLS).open("ab", buffering=0)  # what failed to be written must not be tried again on closing
         except OSError as error:
             raise InvalidRequest(f"--out: cannot write there ({error.strerror}); choose another folder") from None
 
     def _open(self, shared: dict[str, str], resume: bool) -> dict[str, Record]:
         cells, manifest = self.folder / CELLS, self.folder / MANIFEST
-        if cells.exists() and not resume:
-            raise Conflict("--out: the folder holds an evaluation already; add --resume to go on with it, or use another folder")
+        check_free(self.folder, resume=resume)
         if manifest.exists():
             try:
                 known: dict[str, str] = json.loads(manifest.read_text())
@@ -103,10 +126,21 @@ class Journal:
         return _read(cells)
 
     def add(self, record: Record) -> None:
-        """Write a finished cell; it is on disk when this returns."""
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write a finished cell; it is on disk when this returns.
+
+        Raises:
+            InvalidRequest: it cannot be written; the cells before it are kept.
+        """
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InvalidRequest(
+                f"--out: a finished cell cannot be written there ({error.strerror}); those before it are kept: make room, then "
+                "the same command with --resume goes on"
+            ) from None
         self.done[record["key"]] = record
 
     def latest(self) -> list[Record]:

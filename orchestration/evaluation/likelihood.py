@@ -22,7 +22,7 @@ class Perplexity(Task):
     """
 
     generates = False
-    about = "1 / perplexity of the last tokens of a real text"
+    about = "perplexity of the last tokens of a real text; its score is 1 / perplexity"
     scored_tokens: int = 256
 
     def __post_init__(self) -> None:

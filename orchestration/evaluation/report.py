@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import datetime
-import html
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ from winnow.orchestration.evaluation import figures
 from winnow.orchestration.evaluation.journal import Record
 from winnow.orchestration.evaluation.maps import AttentionMap
 from winnow.orchestration.evaluation.summary import CONTROL, Row, methods_of, summarise
+from winnow.orchestration.evaluation.tables import answer, glossary, main_table, setup, task_table, text
 from winnow.orchestration.journals import write_atomic
 
 if TYPE_CHECKING:
@@ -26,66 +25,46 @@ if TYPE_CHECKING:
 RESULTS, REPORT = "results.json", "report.html"
 
 _CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #ddd }
-p, figcaption, dl { max-width: 60rem } .quiet, figcaption { color: #555; font-size: .9rem }
-figure { margin: 1rem 0 } figure img { max-width: 100%; height: auto } .side { display: flex; flex-wrap: wrap; gap: 1rem }
-.side figure { margin: 0 } .wide { overflow-x: auto }
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #555; --line: #ddd; --rule: #999; --shade: #f1f1f1 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #17191c; --quiet: #aaa; --line: #363a40; --rule: #777; --shade: #24282e }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1.5rem auto; max-width: 76rem;
+  padding: 0 1rem }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 } figcaption { margin-top: .3rem }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line) } h1 + p + h2 { margin-top: 1.2rem }
+p, figcaption, details dl { max-width: 60rem } .quiet, figcaption { color: var(--quiet); font-size: .9rem; font-weight: 400 }
+.wide { overflow-x: auto } figure { margin: 1rem 0 } figure img { display: block; background: #fff; border-radius: 4px }
+.side { display: flex; flex-wrap: wrap; gap: 1rem } .side figure { margin: 0; max-width: 100% } .side img { max-width: 100% }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem; overflow-wrap: anywhere }
-thead th { border-bottom: 2px solid #999; vertical-align: bottom } tr.control td { background: #f4f4f4 }
-tbody th { text-align: left; padding-top: 1rem; border-bottom: 1px solid #999 } td.note { text-align: left; white-space: normal }
-dt { font-weight: 600 } dd { margin: 0 0 .3rem 1.2rem } code { background: #f4f4f4; padding: 0 .2rem }
+th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); font-weight: 400 }
+thead th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--rule) }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); text-align: left; white-space: normal;
+  min-width: 10rem }
+th[scope=row] > :first-child { overflow-wrap: anywhere } tr.control > * { background: var(--shade) }
+.groups > * { border: 0; padding-bottom: 0 } .groups th { color: var(--quiet); text-align: left;
+  border-left: 3px solid var(--line) }
+.length { position: static !important; font-weight: 600; padding-top: .9rem; border-bottom-color: var(--rule) }
+td.note, .words td, .words th { text-align: left; white-space: normal } .words td { min-width: 9rem; vertical-align: top }
+dt { font-weight: 600; overflow-wrap: anywhere } dd { margin: 0 0 .3rem 1.2rem } summary { cursor: pointer; padding: .15rem 0 }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem 1rem; font-size: .9rem; margin: 0 }
+.facts dd { margin: 0; overflow-wrap: anywhere } code { background: var(--shade); padding: 0 .2rem }
+@media (max-width: 40rem) { tr > :first-child { min-width: 6.5rem } th[scope=row] .quiet { display: block } }
+@media print {
+  @page { size: A4 landscape; margin: 12mm } :root { color-scheme: light } body { margin: 0; max-width: none; font-size: 9.5pt }
+  .wide { overflow: visible } figure img { max-width: 100%; height: auto } figure, tr { break-inside: avoid }
+  tbody { break-inside: avoid } h2, h2 + p, thead { break-after: avoid } details::details-content { content-visibility: visible }
+}
 """
 
-_TERMS = {
-    "score": "mean over the tasks that are answered, 0 to 1; every task counts once. Perplexity is not part of it.",
-    "same answer": "share of prompts whose answer is dense attention's, word for word.",
-    "KL": "Kullback-Leibler divergence of the next-token distribution at the prompt's end from dense attention's, in nats, "
-    "mean over prompts.",
-    "density": "(query, key) pairs read over causal pairs, all layers and heads. Dense reads 1.",
-    "recall": "share of a query row's exact attention mass on the keys that are read: mean, 5th percentile (mean over prompts) "
-    "and least of all rows sampled, over layers and heads. What a method estimates of the rest does not count.",
-    "R / oracle": "recall over the most that as many key tiles can hold; 1 = no better choice of tiles exists.",
-    "eps": "error of the attention output: length of the difference from exact attention over the exact output's length.",
-    "prefill": "median seconds from the prompt to the next token's scores; / dense: median ratio to dense on the same prompt.",
-    "select, attend": "seconds of choosing keys and of attention itself over dense's attention on the same prompts.",
-}
 
-
-@dataclass(frozen=True)
-class _Column:
-    title: str
-    value: Callable[[Row], float | None]
-    form: str
-
-
-_COLUMNS = (
-    _Column("score", lambda row: row.score, ".3f"),
-    _Column("score\n/ dense", lambda row: _ratio(row.score, row.dense_score), ".3f"),
-    _Column("same\nanswer", lambda row: row.same_answer, ".0%"),
-    _Column("KL", lambda row: row.kl, ".2g"),
-    _Column("density", lambda row: row.density, ".3f"),
-    _Column("recall\nmean", lambda row: row.recall_mean, ".4f"),
-    _Column("recall\np5", lambda row: row.recall_p5, ".3f"),
-    _Column("recall\nmin", lambda row: row.recall_min, ".3f"),
-    _Column("R /\noracle", lambda row: row.oracle_ratio, ".4f"),
-    _Column("eps", lambda row: row.eps, ".2g"),
-    _Column("prefill\ns", lambda row: row.prefill_s, ".3g"),
-    _Column("prefill\n/ dense", lambda row: row.time_ratio, ".2f"),
-    _Column("select\n/ dense", lambda row: row.select_ratio, ".2f"),
-    _Column("attend\n/ dense", lambda row: row.attend_ratio, ".2f"),
-)
-
-
-def write_report(folder: Path, environment: dict[str, str], records: Sequence[Record]) -> tuple[Path, Path]:
+def write_report(folder: Path, environment: dict[str, str], records: Sequence[Record], command: str = "") -> tuple[Path, Path]:
     """Write results.json and report.html into `folder`, each whole or not at all, replacing older ones.
 
     Args:
         environment: as the journal's.
         records: those that count, `Journal.latest`.
+        command: what was typed to make them, for the page to say.
 
     Raises:
         InvalidRequest: no cell is finished, or the folder cannot be written.
@@ -95,15 +74,18 @@ def write_report(folder: Path, environment: dict[str, str], records: Sequence[Re
         raise InvalidRequest("report: no cell is finished yet; run the evaluation first")
     rows = summarise(records)
     cells = [{**record, "measured": _without_map(record)} for record in records]
-    data = {"format": 1, "environment": environment, "rows": [asdict(row) for row in rows], "cells": cells}
-    page = html_report(environment, records, rows)
+    data = {"format": 1, "environment": environment, "command": command, "rows": [asdict(row) for row in rows], "cells": cells}
+    page = html_report(environment, records, rows, command)
     try:
         return (
             write_atomic(folder / RESULTS, json.dumps(data, indent=1, ensure_ascii=False) + "\n"),
             write_atomic(folder / REPORT, page),
         )
     except OSError as error:
-        raise InvalidRequest(f"--out: cannot write there ({error.strerror}); choose another folder") from None
+        raise InvalidRequest(
+            f"--out: the report cannot be written there ({error.strerror}); finished cells are kept: make room or give access, "
+            "then the same command with --resume writes it"
+        ) from None
 
 
 def _without_map(record: Record) -> Record | None:
@@ -111,28 +93,32 @@ def _without_map(record: Record) -> Record | None:
     return None if measured is None else {name: value for name, value in measured.items() if name != "map"}
 
 
-def html_report(environment: dict[str, str], records: Sequence[Record], rows: Sequence[Row]) -> str:
-    """The page."""
+def html_report(environment: dict[str, str], records: Sequence[Record], rows: Sequence[Row], command: str) -> str:
+    """The page: what was measured and the answer first, then every figure, then the pictures."""
     methods = [method for method in methods_of(records) if any(row.method == method and not row.unsupported for row in rows)]
-    about = " · ".join(
-        f"{name} {environment[name]}" for name in ("model", "dtype", "device", "threads", "torch") if name in environment
-    )
+    model = text(environment.get("model", ""))
     parts = [
         "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>winnow evaluation of {_text(environment.get('model', ''))}</title><style>{_CSS}</style></head><body>",
-        "<h1>How prefill methods compare with dense attention</h1>",
-        f'<p class="quiet">{_text(about)} · winnow {_text(environment.get("winnow", ""))} · {len(records)} cells · '
-        f"{datetime.date.today().isoformat()}</p>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{model}: prefill methods beside dense attention (winnow)</title><style>{_CSS}</style></head><body>",
+        f"<h1>Prefill methods beside dense attention, {model}</h1>",
+        "<p>Each method skips keys while a prompt is processed; dense attention, the control, reads them all. Here is what a "
+        f"method keeps of dense's quality, and of its time, in {text(environment.get('dtype', '?'))} on "
+        f"{text(environment.get('device', '?'))}.</p>",
+        answer(rows),
+        setup(environment, records, command),
         "<h2>Every method beside dense</h2>",
-        _table(rows),
-        _terms(),
+        '<p class="quiet">Best score first; of equal ones the faster first.</p>',
+        main_table(rows),
+        glossary(records),
         "<h2>Scores by task</h2>",
-        _task_table(rows, records),
+        '<p class="quiet">Scores are 0 to 1, higher is better. Perplexity is 1 or more, lower is better.</p>',
+        task_table(rows, records),
         "<h2>Score against time</h2>",
         _figure(
             figures.frontier([row for row in rows if not row.unsupported], methods),
-            "Up is better, left is faster. The grey line joins what nothing else beats in both; the dotted line is dense's time.",
+            "Up is better, left is faster: a point left of the dotted line is faster than dense. Bars run from the least to the "
+            "greatest time of a prompt. The grey line joins what nothing else beats in both.",
             "Mean score of each method against its prefill time over dense",
         ),
         *_needles(records, methods),
@@ -143,51 +129,14 @@ def html_report(environment: dict[str, str], records: Sequence[Record], rows: Se
     return "\n".join(parts) + "\n"
 
 
-def _table(rows: Sequence[Row]) -> str:
-    heads = "".join(f"<th>{_text(column.title).replace(chr(10), '<br>')}</th>" for column in _COLUMNS)
-    lines = [f'<div class="wide"><table><thead><tr><th>method</th>{heads}<th>prompts</th></tr></thead><tbody>']
-    for length in sorted({row.length for row in rows}):
-        lines.append(f'<tr><th colspan="{len(_COLUMNS) + 2}">{length} tokens</th></tr>')
-        for row in (row for row in rows if row.length == length):
-            name = f"<td>{_text(row.method)}</td>"
-            if row.unsupported:
-                lines.append(f'<tr>{name}<td class="note" colspan="{len(_COLUMNS) + 1}">{_text(row.unsupported)}</td></tr>')
-                continue
-            cells = "".join(f"<td>{_number(column.value(row), column.form)}</td>" for column in _COLUMNS)
-            mark = ' class="control"' if row.method == CONTROL else ""
-            lines.append(f"<tr{mark}>{name}{cells}<td>{row.prompts}</td></tr>")
-    return "".join([*lines, "</tbody></table></div>"])
-
-
-def _task_table(rows: Sequence[Row], records: Sequence[Record]) -> str:
-    generates = {record["task"]: record["generates"] for record in records if "unsupported" not in record}
-    heads = "".join(f"<th>{_text(task)}{'' if answered else '<br>(perplexity)'}</th>" for task, answered in generates.items())
-    lines = [f'<div class="wide"><table><thead><tr><th>method</th>{heads}</tr></thead><tbody>']
-    for length in sorted({row.length for row in rows}):
-        lines.append(f'<tr><th colspan="{len(generates) + 1}">{length} tokens</th></tr>')
-        for row in (row for row in rows if row.length == length and not row.unsupported):
-            values = [(row.by_task.get(task), answered) for task, answered in generates.items()]
-            cells = "".join(
-                f"<td>{_number(value, '.3f') if answered or value is None else _number(1 / value, '.3g')}</td>"
-                for value, answered in values
-            )
-            mark = ' class="control"' if row.method == CONTROL else ""
-            lines.append(f"<tr{mark}><td>{_text(row.method)}</td>{cells}</tr>")
-    return "".join([*lines, "</tbody></table></div>"])
-
-
-def _terms() -> str:
-    listed = "".join(f"<dt>{_text(name)}</dt><dd>{_text(meaning)}</dd>" for name, meaning in _TERMS.items())
-    return f'<details><summary>What the columns mean</summary><dl class="quiet">{listed}</dl></details>'
-
-
 def _needles(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]:
     placed = dict.fromkeys(r["task"] for r in records if r["depth"] is not None and "unsupported" not in r)
     if placed:
         yield "<h2>Where in the prompt evidence is found</h2>"
     for task in placed:
         caption = (
-            f"Mean score of {task} by prompt length and by where in the prompt the evidence begins. Hatched: no prompt there."
+            f"Mean score of {task} by prompt length (left to right) and by where in the prompt the evidence begins (0% = at its "
+            "start, top). Bright is found, dark is missed; a hatched cell had no prompt."
         )
         yield _figure(figures.needle_map(records, methods, task), caption, f"Heat map of {task}: depth against length")
 
@@ -200,12 +149,16 @@ def _heads(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]:
             longest = max(record["length"] for record in mine)
             found = [record["measured"]["by_head"] for record in mine if record["length"] == longest]
             density, recall = (np.mean([by_head[name] for by_head in found], axis=0) for name in ("density", "recall_mean"))
-            caption = f"{method} at {longest} tokens, mean over {len(found)} prompts."
+            caption = f"{method}, {longest:,} tokens, mean of the prompts measured ({len(found)})."
             drawn.append(
                 _figure(figures.head_maps(density, recall, method), caption, f"Density and recall per layer and head of {method}")
             )
     if drawn:
         yield "<h2>What each layer and head reads, and what it keeps of the attention mass</h2>"
+        yield (
+            "<p>A column is a layer, a row is a query head. Density, left: dark reads little, which is cheap. Recall, right: "
+            "bright keeps the attention mass, dark loses it. Good is dark on the left and bright on the right.</p>"
+        )
         yield from drawn
 
 
@@ -220,32 +173,22 @@ def _maps(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]:
             picture = AttentionMap.from_json(record["measured"]["map"])
             by_head = record["measured"]["by_head"]
             density, recall = (by_head[name][picture.layer][picture.head] for name in ("density", "recall_mean"))
-            caption = f"density {density:.3f}, recall {recall:.3f}"
+            caption = f"{record['length']:,} tokens; this head's density {density:.3f}, recall {recall:.3f}"
+            caption += ". Everything is read: no tint." if method == CONTROL else ""
             drawn.append(
                 _figure(figures.attention_picture(picture, method), caption, f"Attention map of {method} with what it reads")
             )
     if drawn:
         yield "<h2>One head's attention, and what is read of it</h2>"
         yield (
-            f"<p>Layer {picture.layer}, query head {picture.head}, {_text(record['task'])}, {picture.n_tokens} tokens. "
-            "Blue is exact attention mass. What a method reads is tinted and framed in orange.</p>"
+            f"<p>Layer {picture.layer}, query head {picture.head}, {text(record['task'])}. A row is a query, a column is a key, "
+            "and blue is the exact attention mass between them: the darker, the more. What a method reads is tinted and framed "
+            "in orange; blue outside of it is lost. Grey is the future, which nobody reads.</p>"
         )
         yield f'<div class="side">{"".join(drawn)}</div>'
 
 
 def _figure(figure: Figure, caption: str, alternative: str) -> str:
     data = base64.b64encode(figures.svg(figure)).decode()
-    image = f'<img alt="{_text(alternative)}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def _ratio(value: float | None, control: float | None) -> float | None:
-    return value / control if value is not None and control else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)
+    image = f'<img alt="{text(alternative)}" src="data:image/svg+xml;base64,{data}">'
+    return f'<figure><div class="wide" tabindex="0">{image}</div><figcaption>{text(caption)}</figcaption></figure>'

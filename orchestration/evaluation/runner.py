@@ -17,7 +17,7 @@ from torch import Tensor
 
 from winnow.errors import ContextTooLong, InvalidRequest, Overloaded, Unsupported
 from winnow.orchestration.evaluation.cell import CellResult, measured_json, next_logits, run_cell
-from winnow.orchestration.evaluation.journal import Journal, Record, cell_key, environment
+from winnow.orchestration.evaluation.journal import Journal, Record, cell_key, commit, environment
 from winnow.orchestration.evaluation.prompt import Prompt
 from winnow.orchestration.evaluation.task import Task, tasks
 from winnow.registry import parse_spec
@@ -162,7 +162,8 @@ class Evaluation:
                 prompt = self._prompt(cell)
                 dense: Tensor | None = None
                 for entrant, key in zip(self.entrants, keys, strict=True):
-                    what = f"{entrant.label} · {cell.label} · {cell.length} tokens · seed {cell.seed}"
+                    depth = "" if cell.asked_depth is None else f" · depth {cell.asked_depth:.0%}"
+                    what = f"{entrant.label} · {cell.label} · {cell.length} tokens{depth} · seed {cell.seed}"
                     self.on_progress(done, total, what)
                     done += 1
                     if key in journal.done:
@@ -260,6 +261,7 @@ class Evaluation:
         return {
             "key": key, "method": entrant.label, "method_id": entrant.method_id, "task": cell.label, "length": cell.length,
             "seed": cell.seed, "asked_depth": cell.asked_depth, "depth": prompt.depth,
+            "commit": commit(),
         }  # fmt: skip
 
 

@@ -23,7 +23,8 @@ class Row:
         same_answer: share of prompts whose answer is dense's, word for word.
         kl: mean KL divergence of the next-token distribution from dense's, nats; kl_max the largest.
         density, recall_mean, recall_p5, recall_min, oracle_ratio, eps: means over measured prompts, recall_min the least.
-        prefill_s: median seconds to the first token; time_ratio: median of its ratio to dense's on the same prompt.
+        prefill_s: median seconds to the first token, prefill_range the least and the greatest.
+        time_ratio: median of its ratio to dense's on the same prompt, time_range the least and the greatest.
         select_ratio, attend_ratio: seconds of selection and of attention over dense's attention, on measured prompts.
     """
 
@@ -44,12 +45,20 @@ class Row:
     oracle_ratio: float | None = None
     eps: float | None = None
     prefill_s: float | None = None
+    prefill_range: tuple[float, float] | None = None
     time_ratio: float | None = None
+    time_range: tuple[float, float] | None = None
     select_ratio: float | None = None
     attend_ratio: float | None = None
 
 
 Place = tuple[str, int, int, float | None]
+
+# What a method must keep of dense attention to be an answer: the figure it is judged by, and the least of it.
+_NEEDS: tuple[tuple[str, Callable[[Row], float | None], float], ...] = (
+    ("99% of dense's score", lambda row: ratio(row.score, row.dense_score), 0.99),
+    *((f"{least:.0%} of the attention mass", lambda row: row.recall_mean, least) for least in (0.99, 0.95, 0.90)),
+)
 
 
 def place(record: Record) -> Place:
@@ -74,6 +83,57 @@ def summarise(records: Sequence[Record]) -> list[Row]:
     return rows
 
 
+def ratio(value: float | None, control: float | None) -> float | None:
+    """Of a figure to its control's, None where there is none."""
+    return value / control if value is not None and control else None
+
+
+def ranked(rows: Iterable[Row]) -> list[Row]:
+    """Dense first, then the best score first, the faster of two that are equal; what could not run last."""
+
+    def order(row: Row) -> tuple[bool, bool, float, float]:
+        return row.method != CONTROL, bool(row.unsupported), -(row.score or 0.0), row.time_ratio or 0.0
+
+    return sorted(rows, key=order)
+
+
+def fastest(rows: Sequence[Row], length: int) -> list[tuple[str, Row | None]]:
+    """The answer of an evaluation: what a method must keep, and the fastest method that keeps it at this length.
+
+    Only what was measured is asked; None = no method keeps that much. Dense keeps everything and is not among the methods, nor
+    is one that read every key at this length: its time is dense's, and a difference is noise.
+    """
+    rivals = [row for row in rows if row.length == length and row.method != CONTROL and round(row.density or 0.0, 3) < 1]
+    rivals = [row for row in rivals if not row.unsupported]
+    found: list[tuple[str, Row | None]] = []
+    for need, figure, least in _NEEDS:
+        known = [(value, row) for row in rivals if (value := figure(row)) is not None]
+        if known:
+            kept = [row for value, row in known if value >= least]
+            found.append((need, min(kept, key=lambda row: row.time_ratio or math.inf, default=None)))
+    return found
+
+
+def verdict(row: Row | None, dense: Row) -> tuple[str, str]:
+    """What to use at an operating point, and why: the fastest method's prefill time over dense's, median and range.
+
+    The two are not told apart where the range holds 1, or where dense's own times, of prompts of one length, lie further apart.
+    """
+    if row is None or row.time_ratio is None or row.time_range is None or dense.prefill_range is None:
+        return "dense", "no method that skips keys keeps that much"
+    low, high = (round(time, 2) for time in row.time_range)  # as they are shown
+    why = f"{row.time_ratio:.2f} times dense ({low:.2f} to {high:.2f})"
+    quickest, slowest = dense.prefill_range
+    if low <= 1 <= high or max(row.time_ratio, 1 / row.time_ratio) <= slowest / quickest:
+        return f"dense or {row.method}", why
+    return (row.method, why) if high < 1 else ("dense", f"next {row.method}: {why}")
+
+
+def kl_text(value: float) -> str:
+    """A divergence with four decimals; one that these cannot show is not shown as 0."""
+    return "<0.0001" if 0 < value < 1e-4 else f"{value:.4f}" if value else "0"
+
+
 def _row(method: str, length: int, all_records: Sequence[Record], dense: dict[Place, Record]) -> Row:
     records = [record for record in all_records if "unsupported" not in record]
     if not records:
@@ -90,6 +150,8 @@ def _row(method: str, length: int, all_records: Sequence[Record], dense: dict[Pl
     def share(name: str) -> float | None:
         return sum(sum(own[name]) for own, _ in measured) / dense_attend_s if measured else None
 
+    times = [record["prefill_s"] for record in records]
+    ratios = [record["prefill_s"] / control["prefill_s"] for record, control in pairs]
     same = [record["same_answer"] for record in records if record["same_answer"] is not None]
     return Row(
         method,
@@ -107,8 +169,10 @@ def _row(method: str, length: int, all_records: Sequence[Record], dense: dict[Pl
         recall_min=mean("recall_min", min),
         oracle_ratio=mean("oracle_ratio"),
         eps=mean("eps"),
-        prefill_s=statistics.median(record["prefill_s"] for record in records),
-        time_ratio=statistics.median(record["prefill_s"] / control["prefill_s"] for record, control in pairs),
+        prefill_s=statistics.median(times),
+        prefill_range=(min(times), max(times)),
+        time_ratio=statistics.median(ratios),
+        time_range=(min(ratios), max(ratios)),
         select_ratio=share("select_s"),
         attend_ratio=share("attend_s"),
     )

@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="A prefill method that is calibrated for each model.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="A method that learns: seerattention, duoattention, sale, sea or dhsa-v1.")
+    ],
     model: Annotated[str, typer.Option(help="Folder, .gguf file, hub id, or default.")] = "default",
     option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method's training; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="Of the method's training, may be repeated; an unknown one lists them."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of texts, initial values and order.", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
@@ -30,8 +35,9 @@ def calibrate(
 ) -> None:
     """Learn a method's thresholds, gates or head classes for a model, and keep them where pipelines on this machine look.
 
-    Stopped with Ctrl-C or killed, the same command goes on where it was. Running pipelines use the result from their next
-    request on.
+    Stopped with Ctrl-C or killed, the same command goes on where it was.
+
+    Running pipelines use the result from their next request on.
     """
     with reported(as_json=as_json):
         options = parse_pairs(option or ())

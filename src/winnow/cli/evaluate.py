@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from rich.progress import (
 from winnow.cli.exits import reported
 from winnow.cli.options import AsJson
 from winnow.cli.screen import bytes_text, print_json, stage_bars, stderr, stdout, table
-from winnow.errors import InvalidRequest
+from winnow.errors import InvalidRequest, UnknownName
 
 if TYPE_CHECKING:
     from winnow.orchestration.evaluation.journal import Record
@@ -69,13 +71,15 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure prefill methods beside dense attention: task scores, recall, density, KL, time. Ctrl-C loses one cell at most.
+    """Measure prefill methods beside dense attention: task scores, recall, density, KL, time. Stopped, it can be resumed.
 
-    Everything runs in this process, with real text from this Python's own documentation. Dense is always among the methods.
+    A cell is one method on one prompt. Each finished one is kept at once, and --resume goes on after it. Dense always takes part.
+
+    Everything runs in this process, with real text from this Python's own documentation.
     """
     with reported(as_json=as_json):
         from winnow.orchestration.evaluation import figures
-        from winnow.orchestration.evaluation.journal import environment
+        from winnow.orchestration.evaluation.journal import check_free, environment
         from winnow.orchestration.evaluation.report import write_report
         from winnow.orchestration.evaluation.runner import Evaluation, Grid
         from winnow.orchestration.evaluation.summary import summarise
@@ -94,8 +98,9 @@ def evaluate(
             n_rows=rows,
             map_at=_layer_and_head(attention_map),
         )
-        _check_specs(prefill_methods, grid.methods)
-        _check_specs(known_tasks, grid.tasks)
+        _check_specs("--methods", prefill_methods, grid.methods)
+        _check_specs("--tasks", known_tasks, grid.tasks)
+        check_free(out, resume=resume)
         loaded = _load(model, dtype, device, shown=not as_json)
         with _cells(shown=not as_json) as (on_progress, on_cell):
             try:
@@ -103,7 +108,7 @@ def evaluate(
             except KeyboardInterrupt:
                 stderr.print("[yellow]finished cells are kept: the same command with --resume goes on[/]")
                 raise
-        results, page = write_report(out, environment(loaded), records)
+        results, page = write_report(out, environment(loaded), records, shlex.join(["winnow", *sys.argv[1:]]))
         found = summarise(records)
         if as_json:
             print_json({"report": str(page), "results": str(results), "cells": len(records), "rows": found})
@@ -113,7 +118,7 @@ def evaluate(
 
 
 def capture(
-    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write, or to replace.", show_default=False)],
     model: Model = "default",
     length: Annotated[int, typer.Option(help="Tokens of text.", min=1)] = 4096,
     layers: Annotated[str, typer.Option(help="all, or a list like 0,4,10-12; -1 is the last.")] = "all",
@@ -174,13 +179,16 @@ def split_specs(option: str, text: str, names: Callable[[], list[str]]) -> tuple
     return tuple(found)
 
 
-def _check_specs(registry: Registry[Any], specs: tuple[str, ...]) -> None:
+def _check_specs(option: str, registry: Registry[Any], specs: tuple[str, ...]) -> None:
     """Raises UnknownName or InvalidRequest: before a model is loaded for nothing."""
     from winnow.registry import parse_spec
 
     for spec in specs:
-        name, params = parse_spec(spec)
-        registry.create(name, dict(params))
+        try:
+            name, params = parse_spec(spec)
+            registry.create(name, dict(params))
+        except (UnknownName, InvalidRequest) as error:
+            raise type(error)(f"{option}: {error}") from None
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
@@ -213,7 +221,12 @@ def _cells(*, shown: bool) -> Iterator[tuple[Callable[[int, int, str], None], Ca
     if not shown:
         yield lambda done, total, what: None, lambda record: None
     elif not stderr.is_terminal:
-        yield lambda done, total, what: None, lambda record: stderr.print(_cell_line(record), markup=False, soft_wrap=True)
+        at = [0, 0]
+
+        def begin(done: int, total: int, what: str) -> None:
+            at[:] = done + 1, total
+
+        yield begin, lambda record: stderr.print(f"[{at[0]}/{at[1]}]  {_cell_line(record)}", markup=False, soft_wrap=True)
     else:
         columns = (SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                    TextColumn("{task.description}", markup=False))  # fmt: skip
@@ -226,24 +239,43 @@ def _cells(*, shown: bool) -> Iterator[tuple[Callable[[int, int, str], None], Ca
 
 
 def _cell_line(record: Record) -> str:
-    head = f"{record['method']}  {record['task']}  {record['length']} tokens  seed {record['seed']}"
+    depth = "" if record["asked_depth"] is None else f"  depth {record['asked_depth']:.0%}"
+    head = f"{record['method']}  {record['task']}  {record['length']} tokens{depth}  seed {record['seed']}"
     if "unsupported" in record:
         return f"{head}  cannot run: {record['unsupported']}"
-    return f"{head}  score {record['score']:.3g}  density {record['density']:.2f}  prefill {record['prefill_s']:.2f} s"
+    score = f"score {record['score']:.3f}" if record["generates"] else f"perplexity {1 / max(record['score'], 1e-300):.2f}"
+    return f"{head}  {score}  density {record['density']:.2f}  prefill {record['prefill_s']:.2f} s"
 
 
 def _show(rows: list[Row]) -> None:
-    """The chief figures, a table a length; the report has the rest."""
+    """The chief figures and the answer, a table a length; the report has the rest."""
+    from winnow.orchestration.evaluation.summary import CONTROL, fastest, kl_text, ranked, verdict
+
     titles = ("score", "same", "KL", "recall", "density", "time")
     for length in sorted({row.length for row in rows}):
-        shown = table(f"\n{length} tokens", "method", *titles, right=titles)
+        mine = ranked(row for row in rows if row.length == length)
+        shown = table(f"\n{length:,} tokens, prompts a method: {mine[0].prompts}", "method", *titles, right=titles)
         shown.columns[0].min_width = 28  # a method with its parameters must stay readable on a narrow screen
-        for row in (row for row in rows if row.length == length):
+        for row in mine:
             values = (
-                (row.score, ".3f"), (row.same_answer, ".0%"), (row.kl, ".2g"), (row.recall_mean, ".4f"), (row.density, ".3f"),
+                (row.score, ".3f"), (row.same_answer, ".0%"), (row.recall_mean, ".4f"), (row.density, ".3f"),
                 (row.time_ratio, ".2f"),
             )  # fmt: skip
-            name = escape(row.method) + (f"\n[yellow]{escape(row.unsupported)}[/]" if row.unsupported else "")
-            shown.add_row(name, *("-" if value is None else format(value, form) for value, form in values))
+            name = (
+                escape(row.method)
+                + (" [dim](control)[/]" if row.method == CONTROL else "")
+                + (f"\n[yellow]{escape(row.unsupported)}[/]" if row.unsupported else "")
+            )
+            texts = ["-" if value is None else format(value, form) for value, form in values]
+            shown.add_row(name, *texts[:2], "-" if row.kl is None else kl_text(row.kl), *texts[2:])
         stdout.print(shown)
-    stdout.print("[dim]same = answers equal to dense's, word for word; time = prefill time over dense's on the same prompts[/]")
+        answers = table("", "to keep at least", "fastest", "prefill time")
+        for need, best in fastest(rows, length):
+            name, why = verdict(best, mine[0])
+            answers.add_row(need, f"[bold]{escape(name)}[/]", escape(why))
+        if answers.row_count:
+            stdout.print("", answers)
+    stdout.print(
+        "\n[dim]same = answers equal to dense's, word for word; time = prefill time over dense's on the same prompts, median "
+        "(least to greatest): not told apart where that range holds 1, or where dense's own times lie further apart[/]"
+    )

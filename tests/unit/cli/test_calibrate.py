@@ -14,7 +14,7 @@ from winnow.cli.calibrate import parse_pairs
 from winnow.errors import InvalidRequest
 from winnow.workers.model.loader import load_model
 from winnow.workers.model.tiny import make_tiny_model
-from winnow.workers.prefill import calibration
+from winnow.workers.prefill import calibration, training
 from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.training import trainer
 
@@ -30,6 +30,11 @@ OPTIONS = {
 def arguments(method: str, model: Path, *more: str) -> list[str]:
     pairs = [part for option in OPTIONS[method] for part in ("--option", option)]
     return ["calibrate", method, "--model", str(model), "--device", "cpu", "--dtype", "fp32", *pairs, *more]
+
+
+def test_help_names_every_method_that_learns(winnow: Winnow) -> None:
+    said = winnow("calibrate", "--help").stdout
+    assert [method for method in training._MODULES if method not in said] == []
 
 
 @pytest.mark.parametrize("method", OPTIONS)

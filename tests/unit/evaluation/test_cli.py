@@ -59,8 +59,14 @@ def test_a_run_writes_a_report_and_can_be_added_to(tiny_folder: Path, tmp_path: 
     assert str(out / "report.html") in done.stdout.replace("\n", "")
     assert "flexprefill:block=32" in done.stdout and max(map(len, done.stdout.split("report  ")[0].splitlines())) <= 80
     assert (out / "report.html").stat().st_size > 10_000
-    assert len([line for line in done.stderr.splitlines() if "needle  500 tokens  seed 0" in line]) == 2
+    lines = [line for line in done.stderr.splitlines() if "needle  500 tokens  seed 0" in line]
+    assert [line.split()[0] for line in lines] == ["[1/2]", "[2/2]"]
+    assert "(control)" in done.stdout
+    assert f"evaluate --model {tiny_folder}" in (out / "report.html").read_text()
     refused(evaluate(tiny_folder, out, "--tasks", "needle"), "--resume")
+    refused(evaluate(tmp_path / "no model is looked for", out), "--resume")
+    measured = evaluate(tiny_folder, out, "--tasks", "needle", "--resume", "--measured-seeds", "1").stdout
+    assert "99% of the attention mass" in measured and max(map(len, measured.split("report  ")[0].splitlines())) <= 80
     again = evaluate(tiny_folder, out, "--tasks", "needle,perplexity", "--json", "--resume")
     assert (json.loads(again.stdout)["cells"], again.stderr) == (4, "")
     assert [row["method"] for row in json.loads(again.stdout)["rows"]] == ["dense", "flexprefill:block=32,min_budget=64"]
@@ -68,8 +74,9 @@ def test_a_run_writes_a_report_and_can_be_added_to(tiny_folder: Path, tmp_path: 
 
 def test_wrong_input_is_one_line_with_its_option_and_a_documented_exit_code(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused(evaluate(tiny_folder, out, "--tasks", "nedle"), "unknown task", "needle")
-    refused(evaluate(tiny_folder, out, "--methods", "flexprefil"), "did you mean 'flexprefill'")
+    refused(evaluate(tiny_folder, out, "--tasks", "nedle"), "--tasks: unknown task", "needle")
+    refused(evaluate(tiny_folder, out, "--methods", "flexprefil"), "--methods: ", "did you mean 'flexprefill'")
+    refused(evaluate(tiny_folder, out, "--methods", "flexprefill:gama=1"), "--methods: ", "no parameter 'gama'")
     refused(evaluate(tiny_folder, out, "--methods", "gamma=1"), "--methods", "NAME:key=value")
     refused(evaluate(tiny_folder, out, "--lengths", "5000"), "--lengths", "2048 tokens")
     refused(evaluate(tiny_folder, out, "--lengths", "many"), "--lengths", "numbers")

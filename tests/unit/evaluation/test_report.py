@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,12 +20,14 @@ from winnow.orchestration.evaluation.journal import Record, environment
 from winnow.orchestration.evaluation.maps import AttentionMap
 from winnow.orchestration.evaluation.report import write_report
 from winnow.orchestration.evaluation.runner import Evaluation, Grid
-from winnow.orchestration.evaluation.summary import summarise
+from winnow.orchestration.evaluation.summary import Row, fastest, kl_text, ranked, summarise, verdict
+from winnow.orchestration.evaluation.tables import answer
 from winnow.workers.model.loader import LoadedModel
 
 pytestmark = pytest.mark.slow
 
 FLEX = ("flexprefill:block=32,gamma=0.5,min_budget=64", "flexprefill:block=64,gamma=0.9,min_budget=64")
+COMMAND = "winnow evaluate --out 'a <b> folder'"
 _VOID = {"meta", "img", "br"}
 
 
@@ -37,12 +41,14 @@ class Page(HTMLParser):
         self.pictures: list[dict[str, str | None]] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.tags: set[str] = set()
+        self.headings: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        self.headings += [tag] if tag in ("h1", "h2", "h3") else []
         self.attributes += attrs
         if tag == "img":
             self.pictures.append(dict(attrs))
@@ -71,15 +77,110 @@ def records(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture(scope="module")
 def written(tiny: LoadedModel, records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_report(tmp_path_factory.mktemp("report"), environment(tiny), records)
+    return write_report(tmp_path_factory.mktemp("report"), environment(tiny), records, COMMAND)
 
 
 def test_the_page_is_html_that_names_every_method_and_reason(written: tuple[Path, Path]) -> None:
     page = Page(written[1].read_text())
     for name in ("dense", *FLEX, "<odd> & refused", 'not < 3 & "quoted"'):
         assert name in page.texts
-    for title in ("500 tokens", "700 tokens", "needle", "key-value"):
+    for title in ("500 tokens", "700 tokens", "needle", "key-value", "one planted number, asked for", "exact attention"):
         assert title in page.texts
+
+
+def test_the_page_begins_with_what_was_measured_and_the_answer(
+    written: tuple[Path, Path], records: list[Record], tiny: LoadedModel
+) -> None:
+    text = written[1].read_text()
+    page = Page(text)
+    before = text[: text.index("Every method beside dense")]
+    assert before.index("The fastest method, by what it must keep") < before.index("What was measured")
+    shared = environment(tiny)
+    told = " ".join(page.texts[: page.texts.index("Every method beside dense")])
+    for fact in (shared["model"], shared["dtype"], shared["device"], "500, 700 tokens", "needle, prompts a length: 2", COMMAND,
+                 f"winnow {shared['winnow']}", *FLEX):  # fmt: skip
+        assert fact in told
+    commits = {record["commit"] for record in records if record.get("commit")}
+    assert all(f"commit {commit}" in told for commit in commits)
+    for length in (500, 700):
+        for need, row in fastest(summarise(records), length):
+            dense = next(row for row in summarise(records) if (row.method, row.length) == ("dense", length))
+            assert need in told and all(words in told for words in verdict(row, dense))
+    assert page.headings[0] == "h1" and set(page.headings[1:]) == {"h2"}
+    assert ("lang", "en") in page.attributes and "<title>tiny: prefill methods beside dense attention" in text
+
+
+def row_of(method: str, time: float = 1.0, **figures: float) -> Row:
+    return Row(method, 500, 4, score=figures.get("score"), dense_score=0.8, recall_mean=figures.get("recall"), time_ratio=time,
+               density=figures.get("density", 0.5), time_range=(time - 0.1, time + 0.1))  # fmt: skip
+
+
+def dense_row(slowest: float = 1.04) -> Row:
+    return Row("dense", 500, 4, score=0.8, dense_score=0.8, recall_mean=1.0, density=1.0, time_ratio=1.0, time_range=(1.0, 1.0),
+               prefill_s=1.0, prefill_range=(1.0, slowest))  # fmt: skip
+
+
+def test_the_answer_is_the_fastest_that_keeps_enough() -> None:
+    rows = [
+        dense_row(),
+        row_of("dense by another name", 0.4, score=0.8, recall=1.0, density=1.0),
+        row_of("close", 0.95, score=0.796, recall=0.995),
+        row_of("slow", 1.2, score=0.9, recall=0.999),
+        row_of("fast", 0.5, score=0.7, recall=0.93),
+        Row("refused", 500, 0, unsupported="no"),
+        replace(row_of("other length", 0.1, score=0.8, recall=1.0), length=700),
+    ]
+    found = [(need.split(" of")[0], row.method if row else None) for need, row in fastest(rows, 500)]
+    assert found == [("99%", "close"), ("99%", "close"), ("95%", "close"), ("90%", "fast")]
+    assert [row.method for row in ranked(rows)] == [
+        "dense",
+        "slow",
+        "other length",
+        "dense by another name",
+        "close",
+        "fast",
+        "refused",
+    ]
+    unmeasured = [replace(row, recall_mean=None) for row in rows]
+    assert [need for need, _ in fastest(unmeasured, 500)] == ["99% of dense's score"]
+
+
+def test_times_that_cannot_be_told_apart_are_not() -> None:
+    dense = dense_row()
+    assert verdict(None, dense)[0] == "dense"
+    assert verdict(row_of("m", 0.8), dense) == ("m", "0.80 times dense (0.70 to 0.90)")
+    assert verdict(row_of("m", 0.95), dense)[0] == "dense or m"
+    assert verdict(row_of("m", 1.103), dense)[0] == "dense or m"  # shown as 1.00 to 1.20
+    assert verdict(row_of("m", 1.2), dense) == ("dense", "next m: 1.20 times dense (1.10 to 1.30)")
+
+
+def test_what_dense_itself_does_not_repeat_is_no_difference() -> None:
+    busy = dense_row(slowest=1.3)  # as far apart as 0.8 and 1 are, and further
+    assert [verdict(row_of("m", time), busy)[0] for time in (0.7, 0.8, 1.2, 1.5)] == ["m", "dense or m", "dense or m", "dense"]
+    assert "something else used the machine" in answer([busy, row_of("m", 0.8, score=0.8)])
+    assert "something else used the machine" not in answer([dense_row(), row_of("m", 0.8, score=0.8)])
+
+
+def test_a_small_divergence_is_not_shown_as_none() -> None:
+    assert [kl_text(value) for value in (0.0, 1e-9, 0.00034, 1.25)] == ["0", "<0.0001", "0.0003", "1.2500"]
+
+
+def test_lines_are_sorted_by_score_and_dense_is_marked(written: tuple[Path, Path], records: list[Record]) -> None:
+    text = written[1].read_text()
+    table = text[text.index("Every method beside dense") : text.index("Scores by task")]
+    order = re.findall(r'<th scope="row"><span>([^<]*)</span>', table)
+    rows = summarise(records)
+    assert [html.unescape(name) for name in order] == [
+        row.method for length in (500, 700) for row in ranked(row for row in rows if row.length == length)
+    ]
+    assert table.count('<tr class="control"><th scope="row"><span>dense</span> <span class="quiet">(control)') == 2
+
+
+def test_wide_things_scroll_in_a_box_of_their_own(written: tuple[Path, Path]) -> None:
+    text = written[1].read_text()
+    for wide in re.finditer("<table|<img", text):
+        assert text[: wide.start()].endswith('<div class="wide" tabindex="0">')
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
 
 
 def test_the_page_needs_nothing_from_outside(written: tuple[Path, Path]) -> None:
@@ -111,7 +212,7 @@ def test_a_heat_map_has_no_panel_for_a_method_that_was_not_given_the_task(record
 
 def test_json_holds_the_rows_and_the_cells(written: tuple[Path, Path], records: list[Record], tiny: LoadedModel) -> None:
     data = json.loads(written[0].read_text())
-    assert data["environment"] == environment(tiny)
+    assert (data["environment"], data["command"]) == (environment(tiny), COMMAND)
     assert [(row["method"], row["length"]) for row in data["rows"]] == [
         (method, length) for length in (500, 700) for method in ("dense", *FLEX, "<odd> & refused")
     ]
@@ -132,6 +233,8 @@ def test_rows_say_what_the_cells_say(records: list[Record]) -> None:
         controls = {(r["task"], r["seed"]): r for r in records if (r["method"], r["length"]) == ("dense", 700)}
         ratios = [r["prefill_s"] / controls[r["task"], r["seed"]]["prefill_s"] for r in mine]
         assert row.time_ratio == pytest.approx(np.median(ratios))
+        assert row.time_range == (min(ratios), max(ratios))
+        assert row.prefill_range == (min(r["prefill_s"] for r in mine), max(r["prefill_s"] for r in mine))
         measured = [r["measured"] for r in mine if r["measured"]]
         dense = [c["measured"] for c in controls.values() if c["measured"]]
         assert row.recall_min == min(m["overall"]["recall_min"] for m in measured)

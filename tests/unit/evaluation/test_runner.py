@@ -193,6 +193,18 @@ def test_a_damaged_line_is_named(tiny: LoadedModel, tmp_path: Path) -> None:
         Journal(tmp_path, environment(tiny), resume=True)
 
 
+def test_a_full_disk_is_named_and_loses_nothing_finished(tiny: LoadedModel, tmp_path: Path) -> None:
+    with Journal(tmp_path, environment(tiny), resume=False) as journal:
+        journal.add({"key": "kept", "method": "dense"})
+        journal._file.close()
+        journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+        with pytest.raises(InvalidRequest, match=r"--out: a finished cell cannot be written.*--resume"):
+            journal.add({"key": "lost", "method": "dense"})
+        assert list(journal.done) == ["kept"]
+    with Journal(tmp_path, environment(tiny), resume=True) as journal:
+        assert list(journal.done) == ["kept"]
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tiny: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidRequest, match="--out: cannot write there"):
