@@ -27,7 +27,7 @@ from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill.backend import PrefillBackend, Tally
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.methods.dense import Dense as DensePrefill
-from winnow.workers.prefill.prompt import plan_parts
+from winnow.workers.prefill.prompt import Part, plan_parts, planned_tokens
 
 MakeBackend = Callable[[int, PrefillMethod | None], PrefillBackend]
 
@@ -81,6 +81,7 @@ def run_cell(
     *,
     dense_logits: Tensor | None = None,
     chunk_tokens: int = 0,
+    tail_tokens: int = 0,
     n_rows: int = 0,
     map_at: tuple[int, int] | None = None,
 ) -> CellResult:
@@ -89,7 +90,8 @@ def run_cell(
     Args:
         method: bound to the model already.
         dense_logits: those of the dense run of the same prompt; None = this is that run.
-        chunk_tokens: as `prefill.chunk_tokens`; 0 = the prompt in one pass, and methods that cannot be chunked always.
+        chunk_tokens: of the whole prefill, as `prefill.sparse_chunk_tokens`; 0 = the prompt in one pass.
+        tail_tokens: as `prefill.dense_tail_tokens`.
         n_rows: query rows to measure attention on; 0 = leave the second prefill out.
         map_at: (layer, query head) whose attention map to keep.
 
@@ -104,7 +106,8 @@ def run_cell(
     kept = prompt.scored_tokens + 1  # the row that predicts the first scored token, and those after it
     _settle(decoder.device)
     began = time.perf_counter()
-    hidden = _prefill(model, segment, ids, method, chunk_tokens, kept, lambda start, m: PrefillBackend(segment, start, m, tally))
+    parts = _parts(method, n, chunk_tokens, tail_tokens)
+    hidden = _prefill(model, segment, ids, parts, kept, lambda start, m: PrefillBackend(segment, start, m, tally))
     logits = decoder.logits(hidden[-1:])[0].cpu()  # the copy waits for the device
     prefill_s = time.perf_counter() - began
     if not bool(logits.isfinite().all()):
@@ -120,7 +123,7 @@ def run_cell(
         recorder = Recorder(n, n_rows, map_at)
         again = Tally()
         _prefill(
-            model, segment, ids, method, chunk_tokens, 1,
+            model, segment, ids, parts, 1,
             lambda start, m: MeasuredBackend(segment, start, m, again, recorder=recorder),
         )  # fmt: skip
         measured = _summary(recorder, model.spec.n_layers)
@@ -129,11 +132,13 @@ def run_cell(
 
 
 @torch.inference_mode()
-def next_logits(model: LoadedModel, prompt: Prompt, chunk_tokens: int = 0, method: PrefillMethod | None = None) -> Tensor:
+def next_logits(
+    model: LoadedModel, prompt: Prompt, chunk_tokens: int = 0, tail_tokens: int = 0, method: PrefillMethod | None = None
+) -> Tensor:
     """Scores [V] of the token after a prompt, on the CPU; with dense prefill unless a method is given."""
     segment = _segment(model, len(prompt.token_ids))
     hidden = _prefill(
-        model, segment, prompt.token_ids, method or DensePrefill(), chunk_tokens, 1,
+        model, segment, prompt.token_ids, _parts(method or DensePrefill(), len(prompt.token_ids), chunk_tokens, tail_tokens), 1,
         lambda start, m: PrefillBackend(segment, start, m, Tally()),
     )  # fmt: skip
     return model.decoder.logits(hidden)[0].cpu()
@@ -145,15 +150,19 @@ def _segment(model: LoadedModel, capacity: int) -> KVSegment:
     return KVSegment.create(layout, capacity, device=model.decoder.device)
 
 
+def _parts(method: PrefillMethod, n: int, chunk_tokens: int, tail_tokens: int) -> list[Part]:
+    """Those that serving uses."""
+    return plan_parts(method, n, 0, planned_tokens(method, n, 0, tail_tokens), chunk_tokens)
+
+
 def _prefill(
-    model: LoadedModel, segment: KVSegment, ids: Sequence[int], method: PrefillMethod, chunk_tokens: int, n_last: int,
-    make: MakeBackend,
-) -> Tensor:  # fmt: skip
-    """The prompt's KV into the segment, in the parts and chunks that serving uses. Returns hidden states [n_last, hidden]."""
+    model: LoadedModel, segment: KVSegment, ids: Sequence[int], parts: Sequence[Part], n_last: int, make: MakeBackend
+) -> Tensor:
+    """The prompt's KV into the segment. Returns hidden states [n_last, hidden]."""
     decoder = model.decoder
     tokens = torch.tensor(ids, dtype=torch.int64, device=decoder.device)
     hidden = torch.empty(0, device=decoder.device)
-    for part in plan_parts(method, len(ids), 0, 0, chunk_tokens):
+    for part in parts:
         chunk = part.chunk or part.end - part.start
         for start in range(part.start, part.end, chunk):
             end = min(start + chunk, part.end)
@@ -223,7 +232,8 @@ def _summary(recorder: Recorder, n_layers: int) -> Measured:
         "oracle_ratio": float(flat["ratio"].mean()),
         "eps": float((flat["error"].sum() / flat["norm"].sum()).sqrt()),
     }
-    return Measured(by_head, overall, [log.select_s for log in logs], [log.attend_s for log in logs], recorder.map)
+    return Measured(by_head, overall, [log.select_s for log in logs], [log.attend_s for log in logs],
+                    recorder.map.finished() if recorder.map is not None else None)  # fmt: skip
 
 
 def measured_json(measured: Measured) -> dict[str, Any]:

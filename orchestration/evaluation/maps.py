@@ -16,7 +16,7 @@ from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.scoring import logits_of
 
 _CELLS = 128  # most cells of the picture on a side
-_SLAB_BYTES = 128 << 20  # most float32 probabilities held at once
+_SLAB_BYTES = 64 << 20  # most float32 probabilities held at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,43 +51,54 @@ class AttentionMap:
         return cls(data["layer"], data["head"], data["n_tokens"], data["cell"], mass, kept)
 
 
-def attention_map(layer: LayerSpec, plan: TilePlan | None, q: Tensor, k: Tensor, head: int) -> AttentionMap:
-    """The map of one query head over a prompt taken whole.
+@dataclass(eq=False)
+class MapSums:
+    """An `AttentionMap` in the making: the sums of the rows seen so far."""
 
-    Args:
-        plan: None = everything is kept.
-        q: [Hq, N, D]. k: [Hkv, N, D].
+    layer: int
+    head: int
+    n_tokens: int
+    _sums: Tensor | None = None  # [3, side, side]: mass, kept pairs, causal pairs
 
-    A cell is the smallest power of two of tokens for which _CELLS suffice, so that its borders are tile borders as well. Rows
-    are done in slabs of bounded memory. Waits for the device. Mutates nothing.
-    """
-    hq, n, _ = q.shape
-    cell = 1
-    while -(-n // cell) > _CELLS:
-        cell *= 2
-    side = -(-n // cell)
-    keys = k[head * k.shape[0] // hq]
-    mass, kept = (torch.zeros(side, side, device=q.device) for _ in range(2))
-    key = torch.arange(n, device=q.device)
-    step = max(1, _SLAB_BYTES // (4 * n * cell)) * cell
-    for start in range(0, n, step):
-        stop = min(n, start + step)
-        position = torch.arange(start, stop, device=q.device)[:, None]
-        allowed = key <= position
-        if layer.window:
-            allowed &= key > position - layer.window
-        probabilities = torch.softmax(logits_of(q[head, start:stop], keys, layer).masked_fill_(~allowed, -torch.inf), -1)
-        pairs = allowed
-        if plan is not None:
-            pairs = allowed & plan.to_dense_mask(start, stop)[0, head * plan.mask_heads // hq]
-        at = slice(start // cell, -(-stop // cell))
-        mass[at] = _cells(probabilities, cell) / _cells(torch.ones_like(probabilities[:, :1]), cell)
-        kept[at] = _cells(pairs.float(), cell) / _cells(allowed.float(), cell).clamp(min=1)
-    return AttentionMap(layer.idx, head, n, cell, mass.cpu().numpy(), kept.cpu().numpy())
+    @property
+    def cell(self) -> int:
+        """The smallest power of two of tokens for which _CELLS suffice, so that its borders are tile borders as well."""
+        return 1 << max(0, (-(-self.n_tokens // _CELLS) - 1).bit_length())
 
+    def add(self, layer: LayerSpec, plan: TilePlan | None, q: Tensor, k: Tensor) -> None:
+        """The rows of one forward pass; each row of the prompt is added once.
 
-def _cells(x: Tensor, cell: int) -> Tensor:
-    """[rows, columns] -> sums over cells of cell x cell, the last ones ragged."""
-    padded: Tensor = torch.nn.functional.pad(x, (0, -x.shape[1] % cell, 0, -x.shape[0] % cell))
-    cells: Tensor = padded.unflatten(0, (-1, cell)).sum(1).unflatten(1, (-1, cell)).sum(2)
-    return cells
+        Args:
+            plan: None = everything is kept.
+            q: [Hq, N, D]. k: [Hkv, M, D], all keys up to the last row's.
+
+        Rows are done in slabs of bounded memory. Waits for the device.
+        """
+        (hq, n, _), m, cell = q.shape, k.shape[1], self.cell
+        side = -(-self.n_tokens // cell)
+        if self._sums is None:
+            self._sums = torch.zeros(3, side, side)
+        keys = k[self.head * k.shape[0] // hq]
+        key = torch.arange(m, device=q.device)
+        step = max(1, _SLAB_BYTES // (4 * m))
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            position = torch.arange(start, stop, device=q.device) + (m - n)
+            allowed = key <= position[:, None]
+            if layer.window:
+                allowed &= key > position[:, None] - layer.window
+            logits = logits_of(q[self.head, start:stop], keys, layer)
+            pairs = allowed
+            if plan is not None:
+                pairs = allowed & plan.to_dense_mask(start, stop)[0, self.head * plan.mask_heads // hq]
+            for i, x in enumerate((torch.softmax(logits.masked_fill_(~allowed, -torch.inf), -1), pairs, allowed)):
+                columns = torch.nn.functional.pad(x.float(), (0, side * cell - m)).unflatten(1, (side, cell)).sum(2)
+                self._sums[i].index_add_(0, (position // cell).cpu(), columns.cpu())
+
+    def finished(self) -> AttentionMap:
+        """The map of all rows added."""
+        assert self._sums is not None, "no row was added"
+        mass, kept, allowed = self._sums
+        rows = (self.n_tokens - torch.arange(mass.shape[0]) * self.cell).clamp(max=self.cell)
+        pictures = (mass / rows[:, None]).numpy(), (kept / allowed.clamp(min=1)).numpy()
+        return AttentionMap(self.layer, self.head, self.n_tokens, self.cell, *pictures)

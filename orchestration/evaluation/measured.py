@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from winnow.orchestration.evaluation.maps import AttentionMap, attention_map
+from winnow.orchestration.evaluation.maps import MapSums
 from winnow.orchestration.evaluation.metrics import RowMetrics, head_densities, row_metrics, sampled_rows
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
@@ -40,14 +40,14 @@ class Recorder:
 
     Attributes:
         n_rows: query rows to sample.
-        map_at: (layer, query head) of which to keep the attention map, for prompts that are one forward pass; None = none.
+        map_at: (layer, query head) of which to keep the attention map; None = none.
     """
 
     n_tokens: int
     n_rows: int = 64
     map_at: tuple[int, int] | None = None
     layers: dict[int, LayerLog] = field(default_factory=dict)
-    map: AttentionMap | None = None
+    map: MapSums | None = None
 
     def rows_of(self, start: int, n: int) -> list[int]:
         """The sampled rows among positions start .. start + n - 1, as rows of that pass."""
@@ -85,8 +85,10 @@ class MeasuredBackend(PrefillBackend):
         if rows:
             log.rows.append(row_metrics(layer, plan, q, keys[0], values[0], out[0], rows))
         wanted = self.recorder.map_at
-        if wanted is not None and wanted[0] == layer.idx and n == self.recorder.n_tokens:
-            self.recorder.map = attention_map(layer, plan, q, keys[0], wanted[1])
+        if wanted is not None and wanted[0] == layer.idx:
+            if self.recorder.map is None:
+                self.recorder.map = MapSums(layer.idx, wanted[1], self.recorder.n_tokens)
+            self.recorder.map.add(layer, plan, q, keys[0])
         return out[0]
 
 

@@ -39,7 +39,8 @@ class Grid:
         seeds: prompts of each task and length: seeds first_seed to first_seed + seeds - 1.
         depths: shares of the prompt at which evidence is put, each with every seed; empty = one depth a seed, drawn from it.
             Only for tasks whose evidence lies at one place.
-        chunk_tokens: prefill in chunks of so many tokens (methods that cannot be chunked are not); 0 = in one pass.
+        chunk_tokens: prefill in chunks of so many tokens, each planned by itself; 0 = in one pass.
+        tail_tokens: the last tokens of a prompt, which stay dense.
         measured_seeds: attention is measured layer by layer, in a second prefill, for seeds below this.
         n_rows: query rows it is measured on.
         map_at: (layer, query head) whose attention map is kept of the first task's first prompt; None = the middle layer's
@@ -52,6 +53,7 @@ class Grid:
     seeds: int = 2
     depths: tuple[float, ...] = ()
     chunk_tokens: int = 0
+    tail_tokens: int = 0
     measured_seeds: int = 1
     n_rows: int = 64
     map_at: tuple[int, int] | None = None
@@ -64,7 +66,7 @@ class Grid:
             raise InvalidRequest(f"--lengths: each must be 1 or more, got {min(self.lengths)}")
         if any(not 0.0 <= depth <= 1.0 for depth in self.depths):
             raise InvalidRequest(f"--depths: each must be 0 to 1, got {', '.join(map(str, self.depths))}")
-        for name, value, low in (("--seeds", self.seeds, 1), ("--chunk", self.chunk_tokens, 0),
+        for name, value, low in (("--seeds", self.seeds, 1), ("--chunk", self.chunk_tokens, 0), ("--tail", self.tail_tokens, 0),
                                  ("--measured-seeds", self.measured_seeds, 0), ("--rows", self.n_rows, 1)):  # fmt: skip
             if value < low:
                 raise InvalidRequest(f"{name}: must be {low} or more, got {value}")
@@ -169,7 +171,7 @@ class Evaluation:
                     if key in journal.done:
                         continue
                     if entrant.label != CONTROL and not entrant.refusal and dense is None:  # dense was done by an earlier run
-                        dense = next_logits(self.model, prompt, self.grid.chunk_tokens)
+                        dense = next_logits(self.model, prompt, self.grid.chunk_tokens, self.grid.tail_tokens)
                     record = self._record(cell, entrant, key, prompt)
                     try:
                         result = self._run(cell, entrant, prompt, dense)
@@ -189,13 +191,13 @@ class Evaluation:
     def _run(self, cell: Cell, entrant: Entrant, prompt: Prompt, dense: Tensor | None) -> CellResult:
         if entrant.refusal:
             raise Unsupported(entrant.refusal)
-        chunk = self.grid.chunk_tokens
+        chunk, tail = self.grid.chunk_tokens, self.grid.tail_tokens
         measured = cell.seed < self.grid.measured_seeds
         try:
             if self.is_timed:
                 self._warm_up(cell, entrant, prompt)
             return run_cell(
-                self.model, cell.task, prompt, entrant.method, dense_logits=dense, chunk_tokens=chunk,
+                self.model, cell.task, prompt, entrant.method, dense_logits=dense, chunk_tokens=chunk, tail_tokens=tail,
                 n_rows=self.grid.n_rows if measured else 0, map_at=self._map_at if cell.is_first else None,
             )  # fmt: skip
         except torch.OutOfMemoryError:
@@ -211,7 +213,7 @@ class Evaluation:
         if seen not in self._warm:
             self._warm.add(seen)
             short = dataclasses.replace(prompt, token_ids=prompt.token_ids[:256]) if on_cpu else prompt
-            next_logits(self.model, short, self.grid.chunk_tokens, entrant.method)
+            next_logits(self.model, short, self.grid.chunk_tokens, self.grid.tail_tokens, entrant.method)
 
     def _entrants(self) -> Iterator[Entrant]:
         labels = [MethodChoice(*parse_spec(text)).spec for text in self.grid.methods]
@@ -236,7 +238,7 @@ class Evaluation:
                 depths: Sequence[float | None] = grid.depths if grid.depths and task.has_depth else (None,)
                 for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
                     for depth in depths:
-                        first = place == 0 and seed == 0 and depth == depths[0] and not grid.chunk_tokens
+                        first = place == 0 and seed == 0 and depth == depths[0]
                         yield Cell(label, task, length, seed, depth, first)
 
     def _prompt(self, cell: Cell) -> Prompt:
@@ -255,7 +257,8 @@ class Evaluation:
         grid, task = self.grid, cell.task
         rows = grid.n_rows if cell.seed < grid.measured_seeds else 0
         made = (type(task).__name__, dataclasses.asdict(task), task.version)
-        return cell_key(entrant.method_id, made, *cell.place, grid.chunk_tokens, rows, self._map_at if cell.is_first else None)
+        passes = (grid.chunk_tokens, grid.tail_tokens)
+        return cell_key(entrant.method_id, made, *cell.place, *passes, rows, self._map_at if cell.is_first else None)
 
     def _record(self, cell: Cell, entrant: Entrant, key: str, prompt: Prompt) -> Record:
         return {

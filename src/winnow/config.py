@@ -73,6 +73,9 @@ class PrefillConfig(_Part):
     sparse_chunk_tokens: int = Field(
         0, ge=0, description="Tokens that a sparse method plans at a time and whose KV is reused; 0 = 2048 on a CPU, else 16384"
     )
+    dense_tail_tokens: int = Field(
+        128, ge=0, description="Last tokens of a prompt that stay dense under a sparse method: the question is there"
+    )
     max_waiting: int = Field(64, ge=1, description="Jobs queued in one worker")
     break_even: bool = Field(
         True, description="Run a layer dense where its method is predicted to take longer; false = always the method"

@@ -7,7 +7,7 @@ Four rounds, in this order: one prompt a length of a few tasks on which attentio
 seeds of all tasks with all others; then more seeds with the finalists, those that may become the default. Each method stands
 beside dense on the very prompts it was run on, so rows differ in n.
 
-Prompts are read in chunks as served on a CPU, the whole prompt where it is no longer than one.
+Prompts are read as served on a CPU: in chunks, the end of each prompt dense.
 
 Prompts are shared out to processes of their own (`Evaluation.share`), because one prompt keeps a GPU busy for a small part of
 its time; so times mean nothing here, and no report is written. Processes stop before the first cell that they would begin
@@ -49,13 +49,14 @@ ensure_importable()
 import torch
 from results import Row, write
 
+from winnow.config import PrefillConfig
 from winnow.orchestration.evaluation.journal import Record, read_folder
 from winnow.orchestration.evaluation.runner import CONTROL, Evaluation, Grid
 from winnow.orchestration.evaluation.summary import place
 from winnow.orchestration.evaluation.task import tasks
 from winnow.registry import parse_spec
 from winnow.workers.model.loader import load_model
-from winnow.workers.prefill.worker import SPARSE_CHUNK_TOKENS
+from winnow.workers.prefill.prompt import sparse_chunk_tokens
 
 EVERY_TILE = "flashprefill:alpha=0"
 METHODS = (
@@ -86,16 +87,27 @@ def rounds(args: argparse.Namespace) -> Iterator[Grid]:
     lengths, tasks = tuple(args.lengths), tuple(args.tasks)
     measured = tuple(task for task in tasks if task in MEASURED_TASKS) or tasks[:1]
     if args.methods:
-        yield Grid(tuple(args.methods), lengths, measured, seeds=1, measured_seeds=1, chunk_tokens=args.chunk)
+        yield Grid(
+            tuple(args.methods), lengths, measured, seeds=1, measured_seeds=1, chunk_tokens=args.chunk, tail_tokens=args.tail
+        )
     short = tuple(length for length in lengths if length <= SLOW_TOKENS)
     if args.slow and short:
-        yield Grid(tuple(args.slow), short, measured, seeds=1, measured_seeds=1, chunk_tokens=args.chunk)
+        yield Grid(tuple(args.slow), short, measured, seeds=1, measured_seeds=1, chunk_tokens=args.chunk, tail_tokens=args.tail)
     if args.methods and args.seeds:
-        yield Grid(tuple(args.methods), lengths, tasks, seeds=args.seeds, first_seed=1, measured_seeds=0, chunk_tokens=args.chunk)
+        yield Grid(
+            tuple(args.methods),
+            lengths,
+            tasks,
+            seeds=args.seeds,
+            first_seed=1,
+            measured_seeds=0,
+            chunk_tokens=args.chunk,
+            tail_tokens=args.tail,
+        )
     if args.finalists and args.final_seeds:
         yield Grid(
             tuple(args.finalists), lengths, tasks, seeds=args.final_seeds, first_seed=1 + args.seeds, measured_seeds=0,
-            chunk_tokens=args.chunk,
+            chunk_tokens=args.chunk, tail_tokens=args.tail,
         )  # fmt: skip
 
 
@@ -259,7 +271,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--finalists", nargs="*", default=FINALISTS)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--chunk", type=int, default=SPARSE_CHUNK_TOKENS[True], help="of prefill; 0 = a prompt in one piece")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=sparse_chunk_tokens(PrefillConfig(), torch.device("cpu")),
+        help="of prefill; 0 = a prompt in one piece",
+    )
+    parser.add_argument("--tail", type=int, default=PrefillConfig().dense_tail_tokens, help="last tokens, which stay dense")
     parser.add_argument("--model", default="default")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

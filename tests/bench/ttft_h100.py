@@ -52,7 +52,8 @@ from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill.backend import PrefillBackend
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.job import PrefillJob, PrefillResult
-from winnow.workers.prefill.worker import SPARSE_CHUNK_TOKENS, PrefillEngine
+from winnow.workers.prefill.prompt import sparse_chunk_tokens
+from winnow.workers.prefill.worker import PrefillEngine
 
 DRAWS = 4
 RECALL = 0.95
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200.0, help="wall clock after which what is left is skipped")
     parser.add_argument("--methods", default=",".join(LADDERS))
     parser.add_argument("--lengths", default="32768,131072,65536")
-    parser.add_argument("--chunk", type=int, default=SPARSE_CHUNK_TOKENS[False], help="tokens that a method plans at a time")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens that a method plans at a time (0 = as served)")
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
@@ -195,7 +196,9 @@ def main() -> None:
                         skipped.append(name)
                         continue
                     try:
-                        method, note = operating_point(LADDERS[name], model, bank, options.chunk)
+                        method, note = operating_point(
+                            LADDERS[name], model, bank, sparse_chunk_tokens(config, model.decoder.device)
+                        )
                         seconds, result = seconds_of(engine, store, ids, method, repeats, warm)
                     except Exception as error:  # one method that fails ends itself only
                         rows.append(failed(at, f"{type(error).__name__}: {error}"))

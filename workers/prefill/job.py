@@ -24,7 +24,7 @@ class PrefillJob:
         method: an instance, a name with parameters, or None for the engine's default.
         no_cache: neither read nor write the prefix cache.
         context_tokens: the first n tokens are a context of their own: a sparse method plans over them alone and the rest is
-            dense, so that the context's KV serves other questions. 0 = none.
+            dense, so that the context's KV serves other questions. 0 = none: all but `prefill.dense_tail_tokens` is planned.
         tenant: part of every cache key.
         query_sample: keep this many query vectors of each layer and head in the segment, for index training.
     """

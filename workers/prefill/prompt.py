@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from winnow.config import PrefillConfig
 from winnow.index.segment import KVSegment
 from winnow.types import MethodChoice
 from winnow.workers.model.decoder import Decoder
@@ -42,12 +43,27 @@ def cache_key(method: PrefillMethod, chunk: int) -> str:
     return f"{MethodChoice(method.name, params).spec}@{method.caps.version}{method.calibration_id}/{chunk}"
 
 
+def sparse_chunk_tokens(config: PrefillConfig, device: torch.device) -> int:
+    """Tokens that a sparse method plans at a time. Where the configuration leaves it open, on an accelerator more: choosing costs
+    much the same there for a chunk of any length, while on a CPU a chunk of 2,048 already takes seconds."""
+    return config.sparse_chunk_tokens or (2048 if device.type == "cpu" else 16384)
+
+
+def planned_tokens(method: PrefillMethod, n: int, context: int, tail: int) -> int:
+    """How many of a prompt's first tokens a method plans; 0 = all n, also of a prompt shorter than the tail. The rest is dense.
+
+    They are the context where one is named, because with the question among them its KV would serve only that question; else
+    all but the last `tail`. The end of a prompt is where it says what is wanted: its rows decide the answer, and what they miss
+    does not average out over the others.
+    """
+    return context if context or method.caps.exact else max(0, n - tail)
+
+
 def plan_parts(method: PrefillMethod, n: int, cached: int, context: int, chunk: int) -> list[Part]:
-    """The parts left to compute of a prompt of n tokens of which the first `cached` are there.
+    """The parts left to compute of a prompt of n tokens of which the first `cached` are there. context: `planned_tokens`.
 
     A sparse method plans chunk by chunk, from a chunk's queries and all keys up to its end. So whatever steers it, the KV of
-    whole chunks depends on no later token, and serves every prompt that begins with them. It plans over the context alone (the
-    whole prompt where none is named): with the question among the tokens the context's last chunk would serve only it.
+    whole chunks depends on no later token, and serves every prompt that begins with them.
     """
     if method.caps.exact:
         parts = [Part(cached, n, None, chunk)]

@@ -36,15 +36,12 @@ from winnow.workers.prefill.job import (
     RankJob,
     RankResult,
 )
-from winnow.workers.prefill.prompt import cache_key, forward_steps, plan_parts
+from winnow.workers.prefill.prompt import cache_key, forward_steps, plan_parts, planned_tokens, sparse_chunk_tokens
 from winnow.workers.prefill.scheduler import Scheduler
 from winnow.workers.ranking.base import RankContext, Ranker, rankers
 
 log = structlog.get_logger(__name__)
 
-# Where the configuration leaves it open, on an accelerator and on a CPU: choosing costs much the same for a chunk of any length
-# on the first, while on the second a chunk of 2,048 already takes seconds.
-SPARSE_CHUNK_TOKENS = (16384, 2048)
 
 Steps = Generator[tuple[int, int], None, None]  # each step yields (work done, work left), token-layers
 
@@ -220,9 +217,9 @@ class PrefillEngine:
         method = self._method(job.method).for_prompt()
         spec, ids = self.model.spec, list(job.token_ids[:-1])
         n = len(ids)
-        context = min(job.context_tokens, n)
+        context = planned_tokens(method, n, min(job.context_tokens, n), self.config.dense_tail_tokens)
         sample = (spec.n_q_heads, job.query_sample) if job.query_sample else None
-        chunk = self.config.chunk_tokens if method.caps.exact else self._sparse_chunk_tokens
+        chunk = self.config.chunk_tokens if method.caps.exact else sparse_chunk_tokens(self.config, self.model.decoder.device)
         lease = task.lease = self.store.acquire(
             ids, job.tail_tokens + 1, tenant=job.tenant, method=cache_key(method, chunk), context_tokens=context,
             chunk_tokens=chunk, use_cache=not job.no_cache, query_sample=sample,
@@ -307,10 +304,6 @@ class PrefillEngine:
             name, params = parse_spec(self.config.method) if wanted is None else (wanted.name, dict(wanted.params))
             wanted = prefill_methods.create(name, dict(params))
         return wanted.bind(self.model)
-
-    @property
-    def _sparse_chunk_tokens(self) -> int:
-        return self.config.sparse_chunk_tokens or SPARSE_CHUNK_TOKENS[self.model.decoder.device.type == "cpu"]
 
     def _break_even(self, method: PrefillMethod) -> BreakEven | None:
         """For one prompt; None where there is nothing to choose."""

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -24,6 +25,7 @@ from rich.progress import (
 from winnow.cli.exits import reported
 from winnow.cli.options import AsJson
 from winnow.cli.screen import bytes_text, print_json, stage_bars, stderr, stdout, table
+from winnow.config import load_config
 from winnow.errors import InvalidRequest, UnknownName
 
 if TYPE_CHECKING:
@@ -55,7 +57,12 @@ def evaluate(
     depths: Annotated[
         str, typer.Option(help="Put evidence at these shares of the prompt, e.g. 0,0.5,1 (default: one drawn for each seed).")
     ] = "",
-    chunk: Annotated[int, typer.Option(help="Prefill in chunks of so many tokens, where a method can; 0 = in one pass.")] = 0,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens that a method plans at a time; 0 = the prompt in one pass (default: as served).")
+    ] = None,
+    tail: Annotated[
+        int | None, typer.Option(help="Last tokens of a prompt that stay dense; 0 = none (default: as served).")
+    ] = None,
     measured_seeds: Annotated[
         int, typer.Option(help="Seeds of which attention is measured layer by layer, in a second prefill.")
     ] = 1,
@@ -85,15 +92,18 @@ def evaluate(
         from winnow.orchestration.evaluation.summary import summarise
         from winnow.orchestration.evaluation.task import tasks as known_tasks
         from winnow.workers.prefill.base import prefill_methods
+        from winnow.workers.prefill.prompt import sparse_chunk_tokens
 
         figures.check_installed()
+        serving = load_config().prefill
         grid = Grid(
             methods=split_specs("--methods", methods, prefill_methods.names),
             lengths=_numbers("--lengths", lengths, int),
             tasks=split_specs("--tasks", tasks, known_tasks.names),
             seeds=seeds,
             depths=_numbers("--depths", depths, float),
-            chunk_tokens=chunk,
+            chunk_tokens=chunk or 0,  # what is served depends on the device, which the model tells
+            tail_tokens=serving.dense_tail_tokens if tail is None else tail,
             measured_seeds=measured_seeds,
             n_rows=rows,
             map_at=_layer_and_head(attention_map),
@@ -102,6 +112,8 @@ def evaluate(
         _check_specs("--tasks", known_tasks, grid.tasks)
         check_free(out, resume=resume)
         loaded = _load(model, dtype, device, shown=not as_json)
+        if chunk is None:
+            grid = replace(grid, chunk_tokens=sparse_chunk_tokens(serving, loaded.decoder.device))
         with _cells(shown=not as_json) as (on_progress, on_cell):
             try:
                 records = Evaluation(loaded, grid, on_progress, on_cell).run(out, resume=resume)

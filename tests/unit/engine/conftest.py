@@ -132,14 +132,15 @@ def rig(tiny: Callable[..., LoadedModel], tmp_path: Path) -> Iterator[Callable[.
     rigs: list[Rig] = []
 
     def make(family: str = "llama", *, chunk_tokens: int = 64, max_waiting: int = 64, max_batch: int = 16, block_tokens: int = 16,
-             started: bool = True, break_even: bool = False, sparse_chunk_tokens: int = 0,
+             started: bool = True, break_even: bool = False, sparse_chunk_tokens: int = 0, dense_tail_tokens: int = 0,
              model: LoadedModel | None = None) -> Rig:  # fmt: skip
         folder = tmp_path / f"kv{len(rigs)}"
         folder.mkdir()
         made = Rig(
             model or tiny(family), folder,
             PrefillConfig(
-                chunk_tokens=chunk_tokens, sparse_chunk_tokens=sparse_chunk_tokens, max_waiting=max_waiting, break_even=break_even
+                chunk_tokens=chunk_tokens, sparse_chunk_tokens=sparse_chunk_tokens, dense_tail_tokens=dense_tail_tokens,
+                max_waiting=max_waiting, break_even=break_even,
             ),
             DecodeConfig(max_batch=max_batch, max_waiting=max_waiting), block_tokens,
         )  # fmt: skip

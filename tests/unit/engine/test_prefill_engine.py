@@ -180,6 +180,21 @@ def test_whole_chunks_of_a_sparse_method_serve_every_prompt_that_begins_with_the
 
 
 @pytest.mark.promise("R20")
+def test_the_end_of_a_prompt_stays_dense_and_joins_no_chunk(rig: MakeRig) -> None:
+    """Of 400 tokens (the last is not prefilled) the last 64 are dense: with one KV head's own keys kept they equal dense rows."""
+    method, ids = Tail(recent=16), prompt(401)
+    r = rig(sparse_chunk_tokens=96, dense_tail_tokens=64)
+    found = r.run_prefill(ids, method=method)
+    sparse = sum(min(i + 1, 16) for i in range(336))
+    dense = sum(i + 1 for i in range(336, 400))
+    assert found.density == pytest.approx((sparse + dense) / (400 * 401 / 2), rel=1e-6)
+    assert r.run_prefill(ids[:350] + prompt(60, 1), method=method).cached_tokens == 288, "chunks that end before its own tail"
+    assert r.run_prefill(ids, method=method).cached_tokens == 400
+    assert r.run_prefill(ids, method=method, context_tokens=400).cached_tokens == 288, "a context has no tail"
+    assert r.run_prefill(prompt(41, 2), method=method, no_cache=True).density < 1.0, "a prompt shorter than the tail is planned"
+
+
+@pytest.mark.promise("R20")
 def test_chunks_from_the_cache_change_no_later_choice_between_sparse_and_dense(
     rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from winnow.orchestration.evaluation.maps import AttentionMap, attention_map
+from winnow.orchestration.evaluation.maps import AttentionMap, MapSums
 from winnow.orchestration.evaluation.metrics import (
     RowMetrics,
     head_densities,
@@ -192,7 +192,9 @@ def test_a_map_is_the_mean_mass_of_its_cells(kind: str) -> None:
     n, layer, head = 300, LAYERS[kind], 3
     q, k, _ = tensors(n, n)
     plan = plans(n, n)["tiles"]
-    found = attention_map(layer, plan, q[0], k[0], head)
+    sums, chunked = MapSums(layer.idx, head, n), MapSums(layer.idx, head, n)
+    sums.add(layer, plan, q[0], k[0])
+    found = sums.finished()
     assert (found.cell, found.mass.shape) == (4, (75, 75))
     logits = q[0, head].double() @ k[0, head // 2].double().T * layer.scale
     if layer.softcap:
@@ -205,11 +207,17 @@ def test_a_map_is_the_mean_mass_of_its_cells(kind: str) -> None:
     pairs = (plan.to_dense_mask()[0, head] & allowed).view(75, 4, 75, 4).sum((1, 3))
     causal = allowed.view(75, 4, 75, 4).sum((1, 3)).clamp(min=1)
     torch.testing.assert_close(torch.from_numpy(found.kept), (pairs / causal).float())
+    for start, end in ((0, 130), (130, n)):  # a border in the middle of a cell
+        chunked.add(layer, None, q[0, :, start:end], k[0, :, :end])
+    torch.testing.assert_close(torch.from_numpy(chunked.finished().mass), torch.from_numpy(found.mass), atol=1e-6, rtol=1e-5)
+    assert bool((chunked.finished().kept == (causal > 0).numpy() * (allowed.view(75, 4, 75, 4).sum((1, 3)) > 0).numpy()).all())
 
 
 def test_a_map_survives_its_json_up_to_half_precision() -> None:
     q, k, _ = tensors(130, 130)
-    found = attention_map(LAYERS["plain"], None, q[0], k[0], 1)
+    sums = MapSums(0, 1, 130)
+    sums.add(LAYERS["plain"], None, q[0], k[0])
+    found = sums.finished()
     again = AttentionMap.from_json(found.to_json())
     assert (again.layer, again.head, again.n_tokens, again.cell) == (0, 1, 130, found.cell)
     torch.testing.assert_close(torch.from_numpy(again.mass), torch.from_numpy(found.mass), atol=1e-6, rtol=1e-3)
