@@ -51,6 +51,10 @@ def attend_plan(
         out, lse = _dense(q, k, v, scale, softcap, window)
     elif window == 0 and q.device.type == "cpu":
         out, lse = sparse.attend(plan if fused else rest, q, k, v, scale=scale, softcap=softcap)
+    elif _fits_rows(plan, q):
+        from winnow.workers.attention.kernels.row_attention import row_attention
+
+        out, lse = row_attention(plan, q, k, v, scale=scale, softcap=softcap, window=window)
     elif fused and fits_kernel(plan, q):
         from winnow.workers.attention.kernels.tile_attention.kernel import tile_attention  # triton: absent on most CPU machines
 
@@ -64,6 +68,14 @@ def attend_plan(
     outs, lses = zip(*estimates(left, q, k, v, scale=scale, softcap=softcap, window=window), strict=True)
     merged, lse = merge((out, *outs), (lse, *lses))
     return merged.to(q.dtype), lse
+
+
+def _fits_rows(plan: TilePlan, q: Tensor) -> bool:
+    if q.device.type != "cuda" or plan.block_q != 1:
+        return False
+    from winnow.workers.attention.kernels.row_attention import fits
+
+    return fits(plan, q)
 
 
 def fits_kernel(plan: TilePlan, q: Tensor) -> bool:

@@ -22,7 +22,7 @@ class PreRope:
         Args:
             spec: whose rotary tables and `layer_ropes` to use. dtype, device: those of the decoder.
         """
-        self._layer_ropes = spec.layer_ropes
+        self._layer_ropes, self._device = spec.layer_ropes, device
         self._tables = [RopeTable(rope, spec.max_context, dtype, device) for rope in spec.ropes]
 
     def undo(self, x: Tensor, layer_idx: int, first: int) -> Tensor:
@@ -31,9 +31,14 @@ class PreRope:
         Raises:
             ContextTooLong: on the CPU, a position beyond the model's context.
         """
-        positions = torch.arange(first, first + x.shape[2], device=x.device)
-        cos, sin = (rows.squeeze(1).float() for rows in self._tables[self._layer_ropes[layer_idx]].rows(positions))
+        cos, sin = (rows.float() for rows in self.rows(layer_idx, first, x.shape[2]))
         wide = x.float()
         half = x.shape[-1] // 2
         swapped = torch.cat((wide[..., half:], wide[..., :half]), -1)
         return (wide * cos - swapped * sin) / (cos * cos + sin * sin)
+
+    def rows(self, layer_idx: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """cos and [-sin, sin], [count, D] each in the model's dtype, that turned the tokens from position `first` on."""
+        table = self._tables[self._layer_ropes[layer_idx]]
+        cos, sin = table.rows(torch.arange(first, first + count, device=self._device))
+        return cos.squeeze(1), sin.squeeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 
@@ -172,6 +173,33 @@ def score_kernels(q: Tensor, layer: LayerSpec) -> ModuleType | None:
     """The module `kernels.tile_scores` where it takes these queries; elsewhere, on every CPU, selectors use plain torch."""
     found = _kernels() if q.is_cuda else None
     return found[1] if found is not None and found[1].fits(q, layer.softcap) else None
+
+
+@functools.cache
+def kernel_module(name: str) -> ModuleType | None:
+    """`winnow.workers.attention.kernels.<name>`, or None where triton is missing."""
+    try:
+        return importlib.import_module(f"winnow.workers.attention.kernels.{name}")
+    except ImportError:
+        return None
+
+
+def code_kernels(q: Tensor, layer: LayerSpec) -> ModuleType | None:
+    """The module `kernels.code_scores` where it takes these queries; elsewhere, on every CPU, selectors use plain torch."""
+    found = kernel_module("code_scores") if q.is_cuda else None
+    return found if found is not None and found.fits(q, layer.softcap) else None
+
+
+def gate_kernels(q: Tensor, n_tiles: int) -> ModuleType | None:
+    """As `code_kernels`, the module `kernels.gates` for rows of n_tiles key tiles."""
+    found = kernel_module("gates") if q.is_cuda else None
+    return found if found is not None and found.fits(q, n_tiles) else None
+
+
+def bucket_kernels(q: Tensor, softcap: float) -> ModuleType | None:
+    """As `code_kernels`, the module `kernels.bucket_attention`."""
+    found = kernel_module("bucket_attention") if q.is_cuda else None
+    return found if found is not None and found.fits(q, softcap) else None
 
 
 def _choose(scores: Tensor, wanted: Tensor | float, *, share: bool) -> Tensor | None:

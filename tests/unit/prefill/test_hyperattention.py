@@ -17,7 +17,8 @@ from winnow.errors import InvalidRequest
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.methods.hyperattention import HyperAttention, Squares, gray_rank
+from winnow.workers.prefill.hyper_squares import Squares, gray_rank
+from winnow.workers.prefill.methods.hyperattention import HyperAttention
 
 pytestmark = pytest.mark.slow
 
@@ -258,7 +259,7 @@ def test_slabs_of_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for per_head in (False, True):
         _, rest = plan_of(HyperAttention(**SMALL, per_head=per_head), x.q, x.k)
         whole = rest(x.q, x.k, x.v, scale=LAYER.scale, softcap=2.0)
-        monkeypatch.setattr("winnow.workers.prefill.methods.hyperattention._LOGIT_BYTES", 1)
+        monkeypatch.setattr("winnow.workers.prefill.hyper_squares._LOGIT_BYTES", 1)
         slabs = rest(x.q, x.k, x.v, scale=LAYER.scale, softcap=2.0)
         monkeypatch.undo()
         for a, b in zip(whole, slabs, strict=True):

@@ -14,9 +14,9 @@ from winnow.errors import CorruptBlock, InvalidRequest, Unsupported
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import HeadClass, TilePlan
-from winnow.workers.prefill import calibration
+from winnow.workers.prefill import calibration, scoring
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import forbidden_tiles, logits_of, on_device, slabs
+from winnow.workers.prefill.scoring import code_kernels, forbidden_tiles, logits_of, on_device, slabs
 
 if TYPE_CHECKING:
     from winnow.workers.attention.backend import RawQK
@@ -44,7 +44,7 @@ class SALE(PrefillMethod):
       steer rounding. With that, plans are prefix-safe;
     - rows before `dense_below` are dense in every prompt; published: prompts up to that length;
     - the two-pass form only: lse_i is not tightened while tiles are added;
-    - products of 4-bit codes are computed in float16 on CUDA and float32 elsewhere; torch has no 4-bit product;
+    - codes are multiplied as 8-bit integers on CUDA (`kernels.code_scores`: Hopper has no 4-bit product), in float32 elsewhere;
     - runs for M > N and any length; the layer's own scale and soft-capping enter every score.
     Layers with a sliding window shorter than the keys are left dense.
 
@@ -132,11 +132,13 @@ class SALE(PrefillMethod):
         tau = self._thresholds(layer, q.shape[1])
         if bool((tau < DENSE_TAU).all()):
             return None
-        limit = on_device(tau.clamp(min=DENSE_TAU).log(), q.device)
+        limit = tau.log().masked_fill(tau < DENSE_TAU, torch.inf)  # nobody looks at what dense heads would keep
+        limit = on_device(limit, q.device)
         mask = self.forced_tiles(n, m, q.device).repeat(q.shape[0], q.shape[1], 1, 1)
-        for heads, tile, scores in self._slabs(q, k, layer):
-            part = mask[:, heads, tile : tile + scores.shape[2], : scores.shape[3]]
-            part |= scores > limit[heads, None, None]
+        if not self._fused(q, k, layer, mask, limit):
+            for heads, tile, scores in self._slabs(q, k, layer):
+                part = mask[:, heads, tile : tile + scores.shape[2], : scores.shape[3]]
+                part |= scores > limit[heads, None, None]
         return self.plan_of(mask, tau, n, m)
 
     def tile_scores(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
@@ -144,8 +146,9 @@ class SALE(PrefillMethod):
         n, m = q.shape[2], k.shape[2]
         forced = self.forced_tiles(n, m, q.device)
         out = torch.full((*q.shape[:2], *forced.shape), -torch.inf, device=q.device)
-        for heads, tile, scores in self._slabs(q, k, layer):
-            out[:, heads, tile : tile + scores.shape[2], : scores.shape[3]] = scores
+        if not self._fused(q, k, layer, out, None):
+            for heads, tile, scores in self._slabs(q, k, layer):
+                out[:, heads, tile : tile + scores.shape[2], : scores.shape[3]] = scores
         out.masked_fill_(forbidden_tiles(n, m, BLOCK_Q, BLOCK_K, q.device), -torch.inf)
         return out.masked_fill_(forced, torch.inf)
 
@@ -179,6 +182,23 @@ class SALE(PrefillMethod):
         first = torch.arange(-(-n // BLOCK_Q), device=device) * BLOCK_Q + (m - n)
         return (first + 1 - self.local).clamp(min=0) // self.segment * self.segment
 
+    def _fused(self, q: Tensor, k: Tensor, layer: LayerSpec, out: Tensor, limits: Tensor | None) -> bool:
+        """Whether kernels have written what `_slabs` yields: into out [B, Hq, nQ, nK] float32, or, with limits [Hq] on the
+        device, true where a score exceeds its head's into out bool."""
+        kernels = code_kernels(q, layer) if self.bits else None
+        if kernels is None:
+            return False
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        kernels.tile_maxima(
+            q, k, self._shift(k), kernels.Known(self.sink, self.local, self.segment, self.dense_below), out, limits,
+            scale=layer.scale, bits=self.bits, token_scales=self.token_scales, slab_bytes=scoring.SLAB_BYTES,
+        )  # fmt: skip
+        return True
+
+    def _shift(self, k: Tensor) -> Tensor:
+        """[B, Hkv, 1, D] float32: what is taken off every key before it is coded."""
+        return k[:, :, : self.dense_below].mean(2, keepdim=True, dtype=torch.float32)
+
     def _slabs(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Iterator[tuple[slice, int, Tensor]]:
         """Scores of the tiles before the local window, a part at a time.
 
@@ -188,8 +208,8 @@ class SALE(PrefillMethod):
         batch, hq, n, d = q.shape
         hkv, m = k.shape[1], k.shape[2]
         group, past = hq // hkv, m - n
-        low = torch.float16 if q.is_cuda else torch.float32  # holds a code exactly; a CPU multiplies float16 very slowly
-        shift = k[:, :, : self.dense_below].mean(2, keepdim=True, dtype=torch.float32)
+        low = torch.float16 if q.is_cuda else torch.float32  # a CPU multiplies float16 very slowly
+        shift = self._shift(k)
         starts = self._local_start(n, m, q.device)
         for heads, first, stop in slabs(hkv, n, m, BLOCK_Q, 12 * batch * group):
             last_start = max(0, (past + (stop - 1) // BLOCK_Q * BLOCK_Q + 1 - self.local) // self.segment * self.segment)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from winnow.workers.prefill import calibration, scoring
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.calibration import Calibration
 from winnow.workers.prefill.pre_rope import PreRope
-from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, keep_top, pool_mean
+from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, gate_kernels, keep_top, pool_mean
 from winnow.workers.prefill.tile_truth import normalised, tile_probabilities
 
 if TYPE_CHECKING:
@@ -154,19 +155,25 @@ class SeerAttention(PrefillMethod):
         n_q, n_k = -(-n // BLOCK), -(-m // BLOCK)
         group = q.shape[1] // k.shape[1]
         forbidden, diagonal = (f(n, m, BLOCK, BLOCK, q.device) for f in (forbidden_tiles, diagonal_tiles))
-        held = q.shape[0] * (16 * (m + group * n) * q.shape[3] + 40 * group * n_q * n_k)  # bytes of one KV head and its group
+        kernels = None if self.oracle else gate_kernels(q, n_k)
+        pooling = 0 if kernels is not None else 16 * (m + group * n) * q.shape[3]
+        held = q.shape[0] * (pooling + (8 if kernels is not None else 40) * group * n_q * n_k)  # bytes of one KV head's group
         step = max(1, scoring.SLAB_BYTES // held)
         masks = []
         for first in range(0, k.shape[1], step):
             heads = slice(first, min(first + step, k.shape[1]))
             rows = slice(heads.start * group, heads.stop * group)
-            scores = self._scores(q[:, rows], k[:, heads], layer, rows, heads)
-            if self.density > 0.0:
+            scores = self._scores(q[:, rows], k[:, heads], layer, rows, heads, kernels)
+            if kernels is not None:
+                counts = tile_counts(self.density, forbidden) if self.density > 0.0 else None
+                masks.append(kernels.choose_tiles(scores, n=n, m=m, block=BLOCK, counts=counts, threshold=self.threshold))
+            elif self.density > 0.0:
                 masks.append(largest_tiles(scores, self.density, forbidden, diagonal))
             else:
                 shares = torch.softmax(scores.masked_fill(forbidden, -torch.inf), -1)
                 masks.append(((shares >= self.threshold) & ~forbidden) | diagonal)
-        return TilePlan.from_mask(torch.cat(masks, 1), n_rows=n, n_keys=m, block_q=BLOCK, block_k=BLOCK)
+        mask = masks[0] if len(masks) == 1 else torch.cat(masks, 1)
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=BLOCK, block_k=BLOCK)
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         if self.oracle:
@@ -180,17 +187,25 @@ class SeerAttention(PrefillMethod):
                 f"{q.shape[1]} and {k.shape[1]} of size {q.shape[3]}; use the model they were trained for"
             )
 
-    def _scores(self, q: Tensor, k: Tensor, layer: LayerSpec, rows: slice, heads: slice) -> Tensor:
+    def _scores(
+        self, q: Tensor, k: Tensor, layer: LayerSpec, rows: slice, heads: slice, kernels: ModuleType | None = None
+    ) -> Tensor:  # fmt: skip
         """[B, heads, nQ, nK] float32, the logarithm of each tile's share up to a constant of the row."""
         n, m = q.shape[2], k.shape[2]
         if self.oracle:
             return normalised(tile_probabilities(q, k, layer, BLOCK)[0]).log()
         assert self.gates is not None
         gates, idx = self.gates, layer.idx
-        pooled_q = pool_mean(gates.pre_rope.undo(q, idx, m - n), BLOCK)
-        pooled_k = self.of_key_tiles(
-            (idx, heads.start), k, BLOCK, lambda keys, at: pool_keys(gates.pre_rope.undo(keys, idx, at), BLOCK)
-        )
+
+        def pooled(x: Tensor, first: int, extremes: bool) -> Tensor:
+            if kernels is not None:
+                turned = gates.pre_rope.rows(idx, first, x.shape[2])
+                x = x if x.stride(-1) == 1 else x.contiguous()
+                return cast(Tensor, kernels.pool(x, *turned, BLOCK, extremes=extremes))
+            return (pool_keys if extremes else pool_mean)(gates.pre_rope.undo(x, idx, first), BLOCK)
+
+        pooled_q = pooled(q, m - n, False)
+        pooled_k = self.of_key_tiles((idx, heads.start), k, BLOCK, lambda keys, at: pooled(keys, at, True))
         return gate_logits(
             pooled_q, pooled_k, gates.q[idx, rows], gates.k[idx, heads], gates.frequencies[idx], first_position=m - n
         )
@@ -205,8 +220,13 @@ def largest_tiles(scores: Tensor, density: float, forbidden: Tensor, diagonal: T
     Returns:
         [..., nQ, nK] bool; round(density x allowed tiles) in each row, at least the diagonal. Ties go to the lower index.
     """
-    count = torch.floor(density * (~forbidden).sum(-1) + 0.5).long().clamp(min=1)
+    count = tile_counts(density, forbidden)
     return keep_top(scores.masked_fill(forbidden, -torch.inf).masked_fill(diagonal, torch.inf), count) | diagonal
+
+
+def tile_counts(density: float, forbidden: Tensor) -> Tensor:
+    """[nQ] int64: tiles that each row keeps of those not forbidden [nQ, nK]; at least one."""
+    return torch.floor(density * (~forbidden).sum(-1) + 0.5).long().clamp(min=1)
 
 
 def pool_keys(k: Tensor, size: int) -> Tensor:
@@ -240,9 +260,10 @@ def gate_logits(
     """
     n_q, n_k, hkv, width = pooled_q.shape[-2], pooled_k.shape[-2], pooled_k.shape[-3], q_map.shape[-1]
     tile = torch.arange(max(n_q, n_k), device=pooled_q.device) * BLOCK
-    q = _rotate(torch.matmul(pooled_q, q_map), tile[:n_q] + first_position, frequencies)
+    # scaled before the product, which makes nQ nK numbers of nQ G
+    q = _rotate(torch.matmul(pooled_q, q_map) / width**0.5, tile[:n_q] + first_position, frequencies)
     k = _rotate(torch.matmul(pooled_k, k_map), tile[:n_k], frequencies)
-    logits = torch.matmul(q.unflatten(-3, (hkv, -1)).flatten(-3, -2), k.transpose(-1, -2)) / width**0.5
+    logits = torch.matmul(q.unflatten(-3, (hkv, -1)).flatten(-3, -2), k.transpose(-1, -2))
     by_head: Tensor = logits.unflatten(-2, (-1, n_q)).flatten(-4, -3)
     return by_head
 
