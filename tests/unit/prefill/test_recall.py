@@ -40,6 +40,21 @@ def test_less_is_read_where_less_is_asked_for_and_where_there_is_structure() -> 
     assert densities[1] + 0.1 < plan_of(Recall(recall=0.9, block=32, stride=8), noise.q, noise.k).density()
 
 
+@pytest.mark.parametrize("shape", [LONG, Shape(333, 1001)], ids=str)
+def test_every_row_keeps_the_tiles_just_before_its_own(shape: Shape) -> None:
+    """The mass lies on a few columns far away, so nothing but the rule keeps them."""
+    x = s2_verticals(shape, 1)
+    masks = {w: plan_of(Recall(recall=0.1, block=32, stride=8, window_tiles=w), x.q, x.k).to_dense_mask() for w in (0, 1, 2)}
+    past = shape.m - shape.n
+    kept = {w: [] for w in masks}  # type: dict[int, list[bool]]
+    for start in range(0, shape.n, 32):
+        first = (start + past) // 32  # the first tile that holds own keys of these rows
+        for w, mask in masks.items():
+            near = mask[:, :, start : start + 32, max(0, first - max(w, 1)) * 32 : first * 32]
+            kept[w].append(bool(near.all()))
+    assert all(kept[1]) and all(kept[2]) and not all(kept[0])
+
+
 def test_heads_get_thresholds_of_their_own() -> None:
     """The scorer's own share misses the target on one head and overshoots on another; the controller meets it on both."""
     sharp, flat = s2_verticals(LONG, 1), s1_noise(LONG, 2)
@@ -80,7 +95,15 @@ def test_a_sample_has_one_row_of_each_part(n: int) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"recall": 0.0}, {"recall": 1.01}, {"recall": float("nan")}, {"rows": 4}, {"confidence": -1.0}, {"stride": 7}],
+    [
+        {"recall": 0.0},
+        {"recall": 1.01},
+        {"recall": float("nan")},
+        {"rows": 4},
+        {"confidence": -1.0},
+        {"stride": 7},
+        {"window_tiles": -1},
+    ],
 )
 def test_parameters_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):

@@ -34,15 +34,17 @@ class Recall(PrefillMethod):
     The rows are a stratified sample, so mean_i R_i estimates the mean over all rows without bias for every threshold tried;
     the subtracted error makes up for choosing the threshold by the same rows. A head for which no threshold will do is dense.
 
-    Source: own design; scores and forced tiles (column 0 and the own tiles) as in `xattention`. The sample makes the plan
-    depend on the whole prompt, so it is not prefix-safe. Layers with a sliding window shorter than the keys, and prompts of up
-    to two tiles, are left dense.
+    Source: own design; scores as in `xattention`. Forced are column 0, the own tiles and those just before them: for the first
+    rows of a tile the words before them lie there, which a mean over the tile's rows hides. The sample makes the plan depend on
+    all of the rows, so it is not prefix-safe. Layers with a sliding window shorter than the keys, and prompts of up to two
+    tiles, are left dense.
 
     Attributes:
         recall: share of each head's attention mass to keep, mean over its rows, in (0, 1]; 1 keeps everything.
         rows: rows sampled, 8 or more; their exact attention is what control costs.
         confidence: z, standard errors that the estimate must lie above `recall`; 0 or more.
         stride, block: of the scorer.
+        window_tiles: tiles before the own ones that are forced, 0 or more.
         every: the scorer looks at one in so many cells of `stride` rows, a power of two; at one a tile at least. A small stride
             tells keys apart, and a tile's rows mostly agree: both together find more for less than a large stride and all rows.
         seed: of the sample.
@@ -60,6 +62,7 @@ class Recall(PrefillMethod):
     confidence: float = 1.0
     stride: int = 4
     block: int = 128
+    window_tiles: int = 1
     every: int = 8
     seed: int = 0
 
@@ -70,6 +73,8 @@ class Recall(PrefillMethod):
             raise InvalidRequest(f"recall: rows must be 8 or more, got {self.rows}; fewer say nothing about a head")
         if not 0.0 <= self.confidence < float("inf"):
             raise InvalidRequest(f"recall: confidence must be 0 or more standard errors, got {self.confidence}")
+        if self.window_tiles < 0:
+            raise InvalidRequest(f"recall: window_tiles must be 0 or more, got {self.window_tiles}; 1 is the default")
         self._scorer  # noqa: B018 - refuses stride and block that do not fit
         if self.every < 1 or self.every & (self.every - 1):
             raise InvalidRequest(f"recall: every must be a power of two, got {self.every}; 1 looks at all rows")
@@ -89,6 +94,8 @@ class Recall(PrefillMethod):
         shares = self._scorer.tile_shares(q, k, layer, min(self.every, b // self.stride))  # [B, Hq, nQ, nK]
         shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
         forced = diagonal_tiles(n, m, b, b, q.device)
+        for _ in range(self.window_tiles):
+            forced[:, :-1] |= forced[:, 1:].clone()
         forced[:, 0] = True
         sampled = sample_rows(n, self.rows, self.seed, q.device)
         mass = tile_mass(q, k, layer, sampled, b)  # [B, Hq, rows, nK]
