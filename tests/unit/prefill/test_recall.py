@@ -46,7 +46,7 @@ def test_every_row_keeps_the_tiles_just_before_its_own(shape: Shape) -> None:
     x = s2_verticals(shape, 1)
     masks = {w: plan_of(Recall(recall=0.1, block=32, stride=8, window_tiles=w), x.q, x.k).to_dense_mask() for w in (0, 1, 2)}
     past = shape.m - shape.n
-    kept = {w: [] for w in masks}  # type: dict[int, list[bool]]
+    kept: dict[int, list[bool]] = {w: [] for w in masks}
     for start in range(0, shape.n, 32):
         first = (start + past) // 32  # the first tile that holds own keys of these rows
         for w, mask in masks.items():
