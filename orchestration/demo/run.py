@@ -128,8 +128,8 @@ def _answer(client: Client, console: Console, report: DemoReport, text: LongText
             "the answers are the same" if pair[0].text == pair[1].text else f"the answers share {same:.0%} of their words"
         )
     console.print(
-        "\n[dim]At the second question both find the text's KV in the prefix cache, each its own: dense attention to the token, the "
-        "sparse prefill in whole chunks, because what it reads in one depends on nothing behind it.[/]"
+        "\n[dim]At the second question both find the text's KV in the prefix cache, each its own: dense attention to the token, "
+        "the sparse prefill in whole chunks, because what it reads in one depends on nothing behind it.[/]"
     )
 
 
