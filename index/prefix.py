@@ -32,9 +32,9 @@ class PrefixIndex:
         self._exact: dict[bytes, dict[Hashable, int]] = {}
         self._odd_lengths: dict[bytes, dict[int, int]] = {}  # chained hash -> length of the rest -> entries that end so
 
-    def _root(self, tenant: str, method: str) -> bytes:
+    def _root(self, tenant: str, method: str, chunk_tokens: int) -> bytes:
         # Every field is preceded by its length: "a" + "bc" and "ab" + "c" are different keys.
-        text = "".join(f"{len(part)}:{part}" for part in (tenant, self._model, self._layout, method))
+        text = "".join(f"{len(part)}:{part}" for part in (tenant, self._model, self._layout, method, str(chunk_tokens)))
         return xxhash.xxh3_128_digest(text.encode())
 
     def _chain(self, tokens: Tokens, root: bytes, size: int = 0) -> list[bytes]:
@@ -49,7 +49,7 @@ class PrefixIndex:
 
     def add(self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int) -> None:
         """Make an entry findable."""
-        root = self._root(tenant, method)
+        root = self._root(tenant, method, chunk_tokens)
         if method:
             for n, key in self._method_keys(root, tokens, context_tokens):
                 self._exact.setdefault(key, {})[entry] = n
@@ -69,7 +69,7 @@ class PrefixIndex:
         self, entry: Hashable, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int
     ) -> None:
         """Undo `add` with the same arguments."""
-        root = self._root(tenant, method)
+        root = self._root(tenant, method, chunk_tokens)
         if method:
             for _, key in self._method_keys(root, tokens, context_tokens):
                 _drop(self._exact, key, entry)
@@ -93,7 +93,7 @@ class PrefixIndex:
         self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int
     ) -> tuple[Hashable, int] | None:
         """The entry that shares the most leading tokens, and how many; None where there is none. Latest entry on ties."""
-        root = self._root(tenant, method)
+        root = self._root(tenant, method, chunk_tokens)
         if method:
             for n, key in reversed(self._method_keys(root, tokens, context_tokens)):
                 if key in self._exact:
@@ -116,7 +116,7 @@ class PrefixIndex:
 
     def find_whole(self, tokens: Tokens, *, tenant: str, method: str, context_tokens: int, chunk_tokens: int) -> Hashable | None:
         """An entry of exactly these tokens (in the same chunks, if a method made it), or None."""
-        root = self._root(tenant, method)
+        root = self._root(tenant, method, chunk_tokens)
         chain = [] if method else self._chain(tokens, root)
         found = self._exact.get(self._whole(chain, tokens) if chain else self._method_keys(root, tokens, context_tokens)[-1][1])
         return next(reversed(found)) if found else None
@@ -133,7 +133,7 @@ class PrefixIndex:
         """The root, then the hash after each whole chunk of the context (the whole, without one); chunks of 0 tokens = none."""
         if not chunk_tokens:
             return [root]
-        return self._chain(tokens[: context_tokens or len(tokens)], _hash(b"chunks" + root, tokens[:0]), chunk_tokens)
+        return self._chain(tokens[: context_tokens or len(tokens)], root, chunk_tokens)
 
     def entries(self) -> set[Hashable]:
         """Every entry that can be found; for `check`."""

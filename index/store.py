@@ -173,7 +173,7 @@ class SegmentStore:
             context_tokens: with a method, the first n tokens are a context planned alone; its KV is reused under other
                 questions. 0 = the whole.
             chunk_tokens: with a method, whole chunks of so many tokens depend on no later token: a context that begins with
-                the same ones reuses them. 0 = the context is planned in one piece.
+                the same ones reuses them, in chunks of the same length only. 0 = the context is planned in one piece.
             use_cache: False neither reads nor fills the cache.
             query_sample: (Hq, S) to keep query vectors, see KVSegment; never shared, filled by whoever prefills.
 

@@ -29,8 +29,8 @@ class Part:
     chunk: int
 
 
-def cache_key(method: PrefillMethod, chunk: int) -> str:
-    """Under which the KV may be reused: "" = the shared prefix cache, else by the same method in the same chunks only.
+def cache_key(method: PrefillMethod) -> str:
+    """Under which the KV may be reused: "" = the shared prefix cache, else by the same method only.
 
     An approximation does not share, whatever it is steered by: a dense request would be answered from approximate KV
     (promise R20).
@@ -40,7 +40,7 @@ def cache_key(method: PrefillMethod, chunk: int) -> str:
     params: dict[str, str] = {}
     if dataclasses.is_dataclass(method):
         params = {f.name: str(getattr(method, f.name)) for f in dataclasses.fields(method) if f.init}
-    return f"{MethodChoice(method.name, params).spec}@{method.caps.version}{method.calibration_id}/{chunk}"
+    return f"{MethodChoice(method.name, params).spec}@{method.caps.version}{method.calibration_id}"
 
 
 def sparse_chunk_tokens(config: PrefillConfig, device: torch.device) -> int:

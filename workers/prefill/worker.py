@@ -221,7 +221,7 @@ class PrefillEngine:
         sample = (spec.n_q_heads, job.query_sample) if job.query_sample else None
         chunk = self.config.chunk_tokens if method.caps.exact else sparse_chunk_tokens(self.config, self.model.decoder.device)
         lease = task.lease = self.store.acquire(
-            ids, job.tail_tokens + 1, tenant=job.tenant, method=cache_key(method, chunk), context_tokens=context,
+            ids, job.tail_tokens + 1, tenant=job.tenant, method=cache_key(method), context_tokens=context,
             chunk_tokens=chunk, use_cache=not job.no_cache, query_sample=sample,
         )  # fmt: skip
         cached = lease.cached_tokens

@@ -79,7 +79,7 @@ def methods(
 
 def _description(method: Any) -> str:
     """A method's line for people, what it can do, its parameters, and what steps in for it."""
-    traits = ["exact" if method.exact else "approximate", "prefix-safe" if method.prefix_safe else "steered by its whole chunk"]
+    traits = ["exact" if method.exact else "approximate", "prefix-safe" if method.prefix_safe else "not prefix-safe"]
     traits += [f"needs {role}" for role in sorted(method.needs)]
     traits += [f"falls back to {method.fallback}"] if method.fallback else []
     text = f"{escape(method.notes)}\n[dim]{', '.join(traits)}[/]"
