@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,14 +92,11 @@ def commit() -> str:
     """Short commit of the code measured, with "+" when the tree has changes that are not committed."""
     if given := os.environ.get("WINNOW_BENCH_COMMIT"):
         return given
-    root = Path(__file__).parents[2]
-    head = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True, check=True
-    )
-    return head + ("+" if dirty.stdout.strip() else "")
+    from winnow.orchestration.evaluation.journal import commit as of_checkout  # reading results needs no winnow
+
+    if not (found := of_checkout()):
+        raise RuntimeError("no git checkout: say in WINNOW_BENCH_COMMIT what is measured")
+    return found
 
 
 def versions() -> dict[str, str]:
