@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
-from winnow.workers.attention.kernels import bucket_attention
-from winnow.workers.prefill import hyper_squares, scoring
+from winnow.workers.attention.kernels import bucket_attention, kernel_module
+from winnow.workers.prefill import hyper_squares
 from winnow.workers.prefill.hyper_squares import Squares, gray_rank
 from winnow.workers.prefill.methods.hyperattention import HyperAttention
 
@@ -85,4 +85,4 @@ def test_the_residual_equals_the_plain_one(
 
 def test_hyperattention_finds_its_kernels() -> None:
     """A failed import would only make it slow."""
-    assert scoring.kernel_module("bucket_attention") is bucket_attention
+    assert kernel_module("bucket_attention") is bucket_attention

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
-from winnow.workers.attention.kernels import code_scores, codes
+from winnow.workers.attention.kernels import code_scores, codes, kernel_module
 from winnow.workers.attention.plan import HeadClass
 from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods import sale
@@ -155,4 +155,4 @@ def test_slabs_hold_every_unit_that_is_scored_once() -> None:
 
 def test_sale_finds_its_kernels() -> None:
     """A failed import would only make it slow."""
-    assert scoring.kernel_module("code_scores") is code_scores
+    assert kernel_module("code_scores") is code_scores

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
-from winnow.workers.attention.kernels import gates, row_choice
+from winnow.workers.attention.kernels import gates, kernel_module, row_choice
 from winnow.workers.model.spec import ModelSpec, RopeSpec
 from winnow.workers.prefill import scoring
 from winnow.workers.prefill.base import PrefillMethod
@@ -116,6 +116,6 @@ def test_later_chunks_pool_new_keys_only_and_choose_the_same(device: str, monkey
 def test_the_choice_between_tiles_fits_what_rows_hold() -> None:
     q = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
     assert not gates.fits(q, 10)  # on a CPU
-    assert scoring.kernel_module("gates") is gates
-    assert scoring.kernel_module("no_such_kernel") is None
+    assert kernel_module("gates") is gates
+    assert kernel_module("no_such_kernel") is None
     assert row_choice.MOST_COLUMNS * seerattention.BLOCK >= 1 << 19  # tokens

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from winnow.workers.attention import tiles
 from winnow.workers.attention.backend import LayerSpec
-from winnow.workers.attention.kernels import row_choice, tile_lists, tile_scores
+from winnow.workers.attention.kernels import kernel_module, row_choice, tile_lists, tile_scores
 from winnow.workers.attention.tiles import TileLists
 from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods import xattention
@@ -160,5 +159,5 @@ def test_pooled_energy_equals_the_plain_one(device: str, n: int, m: int, block: 
 
 def test_lists_and_selectors_find_their_kernels() -> None:
     """A failed import would only make them slow."""
-    assert tiles._kernels() is tile_lists
-    assert scoring._kernels() == (row_choice, tile_scores)
+    for name, module in (("tile_lists", tile_lists), ("row_choice", row_choice), ("tile_scores", tile_scores)):
+        assert kernel_module(name) is module

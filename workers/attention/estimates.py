@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from winnow.workers.attention.kernels import kernel_module
 from winnow.workers.attention.plain import plain, rows_at_once
 from winnow.workers.attention.plan import HeadClass, TilePlan
 from winnow.workers.attention.tiles import tile_kinds
@@ -73,7 +71,7 @@ def pooled_tiles(x: Tensor, block_k: int) -> Tensor:
 
 def log_weights(plan: TilePlan, window: int = 0) -> Tensor:
     """[B, Hm, nQ, nK] float32: ln of how many keys each tile's pseudo-key stands for, -inf where it has none."""
-    kernels = _kernels() if plan.device.type == "cuda" else None
+    kernels = kernel_module("tile_weights") if plan.device.type == "cuda" else None
     if kernels is not None:
         weights: Tensor = kernels.log_weights(plan, window)
         return weights
@@ -95,13 +93,3 @@ def _counts(row: Tensor, column: Tensor, columns: int, like: Tensor) -> Tensor:
     """How often each (row, column) occurs, flat as `like`; rows past the end are not counted. Does not wait for the device."""
     at = torch.clamp(row * columns + column, max=like.numel())
     return torch.zeros(like.numel() + 1, dtype=like.dtype, device=like.device).index_add_(0, at, torch.ones_like(at))[:-1]
-
-
-@functools.cache
-def _kernels() -> Any:
-    """`kernels.tile_weights`, or None where triton is missing."""
-    try:
-        from winnow.workers.attention.kernels import tile_weights
-    except ImportError:
-        return None
-    return tile_weights

@@ -5,14 +5,14 @@ N query rows, M >= N keys, right-aligned: row i sits at position p = i + (M - N)
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from winnow.errors import InvalidRequest
+from winnow.workers.attention.kernels import kernel_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +109,14 @@ def _offsets(chosen: Tensor) -> Tensor:
 
 def _compacts(x: Tensor, compact: bool | None) -> bool:
     """Whether the kernels do it: on CUDA, unless the exact length is asked for."""
-    return x.is_cuda and not compact and _kernels() is not None
+    return x.is_cuda and not compact and kernel_module("tile_lists") is not None
 
 
-@functools.cache
-def _kernels() -> Any:
-    """`kernels.tile_lists`, or None where triton is missing."""
-    try:
-        from winnow.workers.attention.kernels import tile_lists
-    except ImportError:
-        return None
-    return tile_lists
+def _kernels() -> ModuleType:
+    """Where `_compacts` says so."""
+    found = kernel_module("tile_lists")
+    assert found is not None
+    return found
 
 
 def partial_lists(n_rows: int, n_keys: int, block_q: int, block_k: int, heads: Tensor) -> TileLists:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.kernels import kernel_module
 
 SLAB_BYTES = 1 << 30  # most scores that a selector holds at once
 
@@ -159,29 +158,10 @@ def diagonal_tiles(n: int, m: int, block_q: int, block_k: int, device: torch.dev
     return (tile >= (first // block_k)[:, None]) & (tile <= (last // block_k)[:, None])
 
 
-@functools.cache
-def _kernels() -> tuple[ModuleType, ModuleType] | None:
-    """`kernels.row_choice` and `kernels.tile_scores`, or None where triton is missing."""
-    try:
-        from winnow.workers.attention.kernels import row_choice, tile_scores
-    except ImportError:
-        return None
-    return row_choice, tile_scores
-
-
 def score_kernels(q: Tensor, layer: LayerSpec) -> ModuleType | None:
     """The module `kernels.tile_scores` where it takes these queries; elsewhere, on every CPU, selectors use plain torch."""
-    found = _kernels() if q.is_cuda else None
-    return found[1] if found is not None and found[1].fits(q, layer.softcap) else None
-
-
-@functools.cache
-def kernel_module(name: str) -> ModuleType | None:
-    """`winnow.workers.attention.kernels.<name>`, or None where triton is missing."""
-    try:
-        return importlib.import_module(f"winnow.workers.attention.kernels.{name}")
-    except ImportError:
-        return None
+    found = kernel_module("tile_scores") if q.is_cuda else None
+    return found if found is not None and found.fits(q, layer.softcap) else None
 
 
 def code_kernels(q: Tensor, layer: LayerSpec) -> ModuleType | None:
@@ -204,8 +184,8 @@ def bucket_kernels(q: Tensor, softcap: float) -> ModuleType | None:
 
 def _choose(scores: Tensor, wanted: Tensor | float, *, share: bool) -> Tensor | None:
     """`row_choice.choose` where it takes these scores, else None."""
-    found = _kernels() if scores.is_cuda else None
-    return found[0].choose(scores, wanted, share=share) if found is not None and found[0].fits(scores) else None
+    found = kernel_module("row_choice") if scores.is_cuda else None
+    return found.choose(scores, wanted, share=share) if found is not None and found.fits(scores) else None
 
 
 def keep_top(scores: Tensor, count: Tensor | int) -> Tensor:
