@@ -13,7 +13,7 @@ import xxhash
 
 from winnow import telemetry
 from winnow.config import WinnowConfig
-from winnow.errors import Cancelled, DeadlineExceeded, Draining, LeaseLost, Overloaded, UnknownName, WinnowError, WorkerLost
+from winnow.errors import DeadlineExceeded, Draining, LeaseLost, Overloaded, UnknownName, WinnowError, WorkerLost
 from winnow.proto.v1 import internal_pb2, internal_pb2_grpc
 from winnow.services.common import deadlines
 from winnow.services.common.links import Links, error_of, from_winnow
@@ -81,7 +81,7 @@ class Hops:
         ours = from_winnow(error)
         if isinstance(found, Draining):
             worker.state, worker.reason = "draining", "it is shutting down"
-        elif isinstance(found, WorkerLost | Cancelled) and not ours:
+        elif isinstance(found, WorkerLost) and not ours:
             await self._router.mark_lost(worker, "its connection broke")
             return WorkerLost(f"{worker.name} was lost while it worked; the request may be tried again")
         elif isinstance(found, DeadlineExceeded):

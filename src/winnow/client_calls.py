@@ -15,12 +15,19 @@ import grpc
 import tenacity
 
 from winnow.config import home
-from winnow.errors import ConfigError, InvalidRequest, WinnowError, WorkerLost
+from winnow.errors import ConfigError, InvalidRequest, StatusName, WinnowError, WorkerLost
 from winnow.proto.v1 import winnow_pb2
 from winnow.registry import parse_spec
 from winnow.telemetry import hop_metadata
 from winnow.types import Chunk, Document, Generation, Message, MethodChoice, Sampling, Usage
-from winnow.wire import documents_to_proto, error_from_status, messages_to_proto, method_to_proto, sampling_to_proto
+from winnow.wire import (
+    ERROR_KEY,
+    documents_to_proto,
+    error_from_status,
+    messages_to_proto,
+    method_to_proto,
+    sampling_to_proto,
+)
 
 T = TypeVar("T")
 Method = str | MethodChoice | None
@@ -90,11 +97,15 @@ def tls_credentials(tls_ca: str | Path | None, tls_cert: str | Path | None, tls_
     return grpc.ssl_channel_credentials(parts["tls_ca"], parts["tls_key"], parts["tls_cert"])
 
 
+def _received(error: Any) -> tuple[WinnowError, dict[str, str]]:
+    trailing = {str(k): v for k, v in error.trailing_metadata() or () if isinstance(v, str)}
+    return error_from_status(error.code().name, error.details() or "", trailing), trailing
+
+
 def error_of(error: Any, address: str) -> WinnowError:
     """The winnow error behind a failed call, with gRPC's own words for a lost connection replaced by readable ones."""
-    trailing = {str(k): v for k, v in error.trailing_metadata() or () if isinstance(v, str)}
-    found = error_from_status(error.code().name, error.details() or "", trailing)
-    if type(found) is WorkerLost and "winnow-error" not in trailing:
+    found, trailing = _received(error)
+    if type(found) is WorkerLost and ERROR_KEY not in trailing:
         return WorkerLost(f"no answer from {address}: nothing listens there, it went away, or TLS or its certificates do not fit")
     return found
 
@@ -181,7 +192,7 @@ def collect(chunks: Iterable[Chunk]) -> Generation:
 
 
 class Attempts:
-    """Up to four tries at starting a call while the server says UNAVAILABLE, 0.2 to 3 s apart, within one deadline.
+    """Up to four tries at starting a call while the server is unavailable, 0.2 to 3 s apart, within one deadline.
 
     Only the start is retried: once a stream has delivered an event, work was done, and its end is the call's end.
     `for attempt in attempts.sync(): with attempt: ...` and `async for attempt in attempts.asynchronous(): ...`; the last
@@ -211,7 +222,7 @@ class Attempts:
 
 
 def _is_unavailable(error: BaseException) -> bool:
-    return isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
+    return isinstance(error, grpc.RpcError) and _received(error)[0].code is StatusName.UNAVAILABLE
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from winnow.types import (
 PROTOCOL = 1  # version of the internal protocol; parts with different ones refuse each other
 ERROR_KEY = "winnow-error"  # trailing metadata: class of the error
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+CHANNEL_CLOSED = "Channel closed!"  # in the details of a call whose channel this side closed
 
 _BY_NAME: dict[str, type[WinnowError]] = {
     name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, WinnowError)
@@ -59,7 +60,12 @@ def error_from_status(status: str, details: str, trailing: Mapping[str, str]) ->
     Returns:
         An error of the same class; by status alone where a proxy or gRPC itself ended the call. A class whose status
         differs from the one that arrived is not believed.
+
+    A server that shuts down makes gRPC end calls that reach it in that moment with a bare CANCELLED, though nobody gave
+    them up: that is a WorkerLost. Cancelled is what a winnow server names, or this side by closing the channel.
     """
+    if status == "CANCELLED" and ERROR_KEY not in trailing and CHANNEL_CLOSED not in details:
+        status, details = "UNAVAILABLE", "the server went away before it took the call"
     named = _BY_NAME.get(trailing.get(ERROR_KEY, ""))
     cls = named if named is not None and named.code.value == status else _BY_STATUS.get(status, WinnowError)
     text = details or status

@@ -22,15 +22,15 @@ PROGRESS = winnow_pb2.GenerateEvent(progress=common_pb2.Progress(stage="prefill"
 
 
 class Flaky(winnow_pb2_grpc.WinnowServicer):
-    """Unavailable for the first `failures` calls; with `begun`, only after the first event."""
+    """Unavailable for the first `failures` calls; with `begun`, only after the first event. `code`: the status it says."""
 
-    def __init__(self, failures: int, begun: bool = False) -> None:
-        self.failures, self.begun, self.calls = failures, begun, 0
+    def __init__(self, failures: int, begun: bool = False, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
+        self.failures, self.begun, self.code, self.calls = failures, begun, code, 0
 
     async def _answer(self, context: grpc.aio.ServicerContext) -> None:
         self.calls += 1
         if self.calls <= self.failures:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+            await context.abort(self.code, "not now")
 
     async def Generate(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         if self.begun:
@@ -77,18 +77,23 @@ async def astatus(address: str) -> str:
         return (await client.status()).state
 
 
+# A server that shuts down makes gRPC say CANCELLED to calls that come in that moment, without naming an error of winnow's.
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
 @pytest.mark.parametrize(
     ("ask", "answer"), [(complete, "hello"), (acomplete, "hello"), (status, "serving"), (astatus, "serving")]
 )
-async def test_a_gateway_that_is_unavailable_twice_is_asked_a_third_time(ask: Callable[[str], Any], answer: str) -> None:
-    flaky = Flaky(failures=2)
+async def test_a_gateway_that_is_unavailable_twice_is_asked_a_third_time(
+    ask: Callable[[str], Any], answer: str, code: grpc.StatusCode
+) -> None:
+    flaky = Flaky(failures=2, code=code)
     assert await served(flaky, ask) == answer
     assert flaky.calls == 3
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
 @pytest.mark.parametrize("ask", [complete, acomplete, status, astatus])
-async def test_the_fourth_refusal_is_the_answer(ask: Callable[[str], Any]) -> None:
-    flaky = Flaky(failures=9)
+async def test_the_fourth_refusal_is_the_answer(ask: Callable[[str], Any], code: grpc.StatusCode) -> None:
+    flaky = Flaky(failures=9, code=code)
     with pytest.raises(errors.WorkerLost):
         await served(flaky, ask)
     assert flaky.calls == 4
@@ -100,6 +105,25 @@ async def test_a_stream_that_has_begun_is_not_asked_again(ask: Callable[[str], A
     with pytest.raises(errors.WorkerLost):
         await served(flaky, ask)
     assert flaky.calls == 1
+
+
+async def test_a_client_closed_under_a_running_stream_ends_it_as_cancelled_and_asks_no_more() -> None:
+    class Slow(Flaky):
+        async def Generate(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            self.calls += 1
+            await asyncio.sleep(30)
+            yield TEXT
+
+    slow = Slow(failures=0)
+
+    def ask(address: str) -> None:
+        with Client(address, "", deadline_s=10) as client:
+            threading.Timer(0.3, client.close).start()
+            with pytest.raises(errors.Cancelled):
+                client.complete("x")
+
+    await served(slow, ask)
+    assert slow.calls == 1
 
 
 def test_retries_stay_within_the_deadline() -> None:
