@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from winnow.config import KVConfig
 from winnow.errors import CorruptBlock, InvalidRequest, LeaseLost, Overloaded, UnknownName
 from winnow.index import folder as folders
 from winnow.index.layout import SegmentLayout
-from winnow.index.prefix import PrefixIndex, Tokens
+from winnow.index.prefix import PrefixIndex, ReuseKey, Tokens
 from winnow.index.segment import KVSegment, segment_bytes
 from winnow.types import SegmentHandle
 
@@ -58,26 +57,12 @@ class StoreStats:
     corrupt: int = 0
 
 
-@dataclass(frozen=True)
-class _Key:
-    """What besides the tokens decides whether KV may be reused."""
-
-    tenant: str
-    method: str
-    context_tokens: int
-    chunk_tokens: int
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        return vars(self)
-
-
 @dataclass(eq=False)
 class _Held:
     """A live segment: kept by leases, by being an entry, or by pins of copies that are under way."""
 
     segment: KVSegment
-    key: _Key
+    key: ReuseKey
     leases: set[int] = field(default_factory=set)
     pins: int = 0
     indexed: Tokens | None = None  # the tokens it is an entry for; None = not an entry
@@ -160,7 +145,7 @@ class SegmentStore:
 
     def acquire(
         self, token_ids: Sequence[int], tail_tokens: int, *, tenant: str = "", method: str = "", context_tokens: int = 0,
-        chunk_tokens: int = 0, use_cache: bool = True, query_sample: tuple[int, int] | None = None,
+        chunk_tokens: int = 0, is_apart: bool = True, use_cache: bool = True, query_sample: tuple[int, int] | None = None,
     ) -> Lease:  # fmt: skip
         """A segment for these tokens and a tail, with the longest cached prefix in it.
 
@@ -170,10 +155,12 @@ class SegmentStore:
                 itself (`is_shared`): nothing is copied.
             tenant: part of every key; tenants never share.
             method: "" for an exact method. Otherwise its canonical spec, under which alone its KV is reused.
-            context_tokens: with a method, the first n tokens are a context planned alone; its KV is reused under other
+            context_tokens: with a method, the first n tokens are a context that it plans alone; its KV is reused under other
                 questions. 0 = the whole.
             chunk_tokens: with a method, whole chunks of so many tokens depend on no later token: a context that begins with
                 the same ones reuses them, in chunks of the same length only. 0 = the context is planned in one piece.
+            is_apart: False: what follows the context is computed in one pass with its end, so that it is reused in whole
+                chunks only.
             use_cache: False neither reads nor fills the cache.
             query_sample: (Hq, S) to keep query vectors, see KVSegment; never shared, filled by whoever prefills.
 
@@ -187,7 +174,7 @@ class SegmentStore:
         if not 0 <= context_tokens <= len(token_ids):
             raise InvalidRequest(f"context_tokens must be in [0, {len(token_ids)}], got {context_tokens}")
         tokens = np.asarray(token_ids, np.int32)
-        key = _key(tenant, method, context_tokens, chunk_tokens)
+        key = ReuseKey.of(tenant, method, context_tokens, chunk_tokens, is_apart)
         source, cached = self._pin_source(tokens, key) if use_cache else (None, 0)
         try:
             whole = source is not None and cached == len(tokens) == source.segment.n_tokens
@@ -235,7 +222,7 @@ class SegmentStore:
             raise
         return segment
 
-    def _pin_source(self, tokens: Tokens, key: _Key) -> tuple[_Held | None, int]:
+    def _pin_source(self, tokens: Tokens, key: ReuseKey) -> tuple[_Held | None, int]:
         """The entry to start from, pinned and verified (R21), and how many tokens of it. Damaged ones are dropped."""
         while True:
             with self._lock:
@@ -256,9 +243,9 @@ class SegmentStore:
                     self._drop_entry(held)
                     self._unpin(held)
 
-    def _find(self, tokens: Tokens, key: _Key) -> tuple[_Held | None, int]:
+    def _find(self, tokens: Tokens, key: ReuseKey) -> tuple[_Held | None, int]:
         """The entry that shares the most leading tokens, and how many: hashes know whole blocks and entries, tokens the rest."""
-        found = self._index.find(tokens, **key.fields)
+        found = self._index.find(tokens, key)
         if found is None or not found[1]:
             return None, 0
         held, cached = self._held[str(found[0])], found[1]
@@ -318,17 +305,17 @@ class SegmentStore:
         tokens = held.segment.token_ids[: held.segment.n_tokens].copy()
         if not len(tokens) or held.indexed is not None:
             return
-        same = self._index.find_whole(tokens, **held.key.fields)
+        same = self._index.find_whole(tokens, held.key)
         if same is not None:
             self._held.move_to_end(str(same))
             return
         held.indexed = tokens
-        self._index.add(held.segment.segment_id, tokens, **held.key.fields)
+        self._index.add(held.segment.segment_id, tokens, held.key)
 
     def _drop_entry(self, held: _Held) -> None:
         """Out of the index; the segment goes too unless leases or pins keep it."""
         if held.indexed is not None:
-            self._index.remove(held.segment.segment_id, held.indexed, **held.key.fields)
+            self._index.remove(held.segment.segment_id, held.indexed, held.key)
             held.indexed = None
         self._free_if_unused(held)
 
@@ -442,7 +429,7 @@ class SegmentStore:
             if segment.n_total < n + len(tail) or not np.array_equal(segment.token_ids[n : n + len(tail)], tail):
                 return
             if held.indexed is not None:  # not findable while its checksum changes
-                self._index.remove(segment.segment_id, held.indexed, **held.key.fields)
+                self._index.remove(segment.segment_id, held.indexed, held.key)
                 held.indexed = None
         segment.truncate(n + len(tail))
         segment.seal()
@@ -468,11 +455,13 @@ class SegmentStore:
     # -- looking and ending ------------------------------------------------------------------------------------------
 
     def prefix_tokens(
-        self, token_ids: Sequence[int], *, tenant: str = "", method: str = "", context_tokens: int = 0, chunk_tokens: int = 0
-    ) -> int:
+        self, token_ids: Sequence[int], *, tenant: str = "", method: str = "", context_tokens: int = 0, chunk_tokens: int = 0,
+        is_apart: bool = True,
+    ) -> int:  # fmt: skip
         """How many leading tokens `acquire` would find cached now. Changes nothing."""
         with self._lock:
-            return self._find(np.asarray(token_ids, np.int32), _key(tenant, method, context_tokens, chunk_tokens))[1]
+            key = ReuseKey.of(tenant, method, context_tokens, chunk_tokens, is_apart)
+            return self._find(np.asarray(token_ids, np.int32), key)[1]
 
     def stats(self) -> StoreStats:
         """A copy of the counters and the present sizes."""
@@ -531,10 +520,6 @@ class SegmentStore:
     def remove_orphans(cls, dir: Path, owner: str, epoch: int) -> int:
         """Delete what dead stores of `owner`, of this epoch or earlier, left behind; returns the number of segments."""
         return folders.remove_orphans(dir, owner, epoch)
-
-
-def _key(tenant: str, method: str, context_tokens: int, chunk_tokens: int) -> _Key:
-    return _Key(tenant, method, context_tokens, chunk_tokens) if method else _Key(tenant, "", 0, 0)
 
 
 def _common(a: Tokens, b: Tokens) -> int:

@@ -27,9 +27,9 @@ from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill.backend import PrefillBackend, Tally
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.methods.dense import Dense as DensePrefill
-from winnow.workers.prefill.prompt import Part, plan_parts, planned_tokens
+from winnow.workers.prefill.prompt import Pass, plan_passes
 
-MakeBackend = Callable[[int, PrefillMethod | None], PrefillBackend]
+MakeBackend = Callable[[Pass], PrefillBackend]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +106,10 @@ def run_cell(
     kept = prompt.scored_tokens + 1  # the row that predicts the first scored token, and those after it
     _settle(decoder.device)
     began = time.perf_counter()
-    parts = _parts(method, n, chunk_tokens, tail_tokens)
-    hidden = _prefill(model, segment, ids, parts, kept, lambda start, m: PrefillBackend(segment, start, m, tally))
+    passes = plan_passes(method, n, 0, 0, chunk_tokens, tail_tokens)  # those that serving uses
+    hidden = _prefill(
+        model, segment, ids, passes, kept, lambda one: PrefillBackend(segment, one.start, one.method, tally, one.planned)
+    )
     logits = decoder.logits(hidden[-1:])[0].cpu()  # the copy waits for the device
     prefill_s = time.perf_counter() - began
     if not bool(logits.isfinite().all()):
@@ -123,8 +125,8 @@ def run_cell(
         recorder = Recorder(n, n_rows, map_at)
         again = Tally()
         _prefill(
-            model, segment, ids, parts, 1,
-            lambda start, m: MeasuredBackend(segment, start, m, again, recorder=recorder),
+            model, segment, ids, passes, 1,
+            lambda one: MeasuredBackend(segment, one.start, one.method, again, one.planned, recorder=recorder),
         )  # fmt: skip
         measured = _summary(recorder, model.spec.n_layers)
     kl = 0.0 if dense_logits is None else kl_divergence(dense_logits, logits)
@@ -136,10 +138,11 @@ def next_logits(
     model: LoadedModel, prompt: Prompt, chunk_tokens: int = 0, tail_tokens: int = 0, method: PrefillMethod | None = None
 ) -> Tensor:
     """Scores [V] of the token after a prompt, on the CPU; with dense prefill unless a method is given."""
-    segment = _segment(model, len(prompt.token_ids))
+    n = len(prompt.token_ids)
+    segment, passes = _segment(model, n), plan_passes(method or DensePrefill(), n, 0, 0, chunk_tokens, tail_tokens)
     hidden = _prefill(
-        model, segment, prompt.token_ids, _parts(method or DensePrefill(), len(prompt.token_ids), chunk_tokens, tail_tokens), 1,
-        lambda start, m: PrefillBackend(segment, start, m, Tally()),
+        model, segment, prompt.token_ids, passes, 1,
+        lambda one: PrefillBackend(segment, one.start, one.method, Tally(), one.planned),
     )  # fmt: skip
     return model.decoder.logits(hidden)[0].cpu()
 
@@ -150,26 +153,18 @@ def _segment(model: LoadedModel, capacity: int) -> KVSegment:
     return KVSegment.create(layout, capacity, device=model.decoder.device)
 
 
-def _parts(method: PrefillMethod, n: int, chunk_tokens: int, tail_tokens: int) -> list[Part]:
-    """Those that serving uses."""
-    return plan_parts(method, n, 0, planned_tokens(method, n, 0, tail_tokens), chunk_tokens)
-
-
 def _prefill(
-    model: LoadedModel, segment: KVSegment, ids: Sequence[int], parts: Sequence[Part], n_last: int, make: MakeBackend
+    model: LoadedModel, segment: KVSegment, ids: Sequence[int], passes: Sequence[Pass], n_last: int, make: MakeBackend
 ) -> Tensor:
     """The prompt's KV into the segment. Returns hidden states [n_last, hidden]."""
     decoder = model.decoder
     tokens = torch.tensor(ids, dtype=torch.int64, device=decoder.device)
     hidden = torch.empty(0, device=decoder.device)
-    for part in parts:
-        chunk = part.chunk or part.end - part.start
-        for start in range(part.start, part.end, chunk):
-            end = min(start + chunk, part.end)
-            positions = torch.arange(start, end, device=decoder.device)
-            new = decoder.forward(tokens[start:end], positions, make(start, part.method))
-            segment.advance(ids[start:end])
-            hidden = torch.cat((hidden[-n_last:], new[-n_last:]))[-n_last:] if hidden.numel() else new[-n_last:]
+    for one in passes:
+        positions = torch.arange(one.start, one.end, device=decoder.device)
+        new = decoder.forward(tokens[one.start : one.end], positions, make(one))
+        segment.advance(ids[one.start : one.end])
+        hidden = torch.cat((hidden[-n_last:], new[-n_last:]))[-n_last:] if hidden.numel() else new[-n_last:]
     return hidden
 
 

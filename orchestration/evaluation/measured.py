@@ -15,6 +15,7 @@ from winnow.orchestration.evaluation.metrics import RowMetrics, head_densities, 
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.prefill.backend import PrefillBackend
+from winnow.workers.prefill.base import PrefillMethod
 
 
 @dataclass(eq=False)
@@ -60,36 +61,33 @@ class MeasuredBackend(PrefillBackend):
 
     recorder: Recorder = field(default_factory=lambda: Recorder(0))
 
-    def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, raw: RawQK) -> Tensor:
-        """See `AttentionBackend`. Mutates the segment, the tally and the recorder."""
-        n = q.shape[1]
-        end = self.start + n
-        self.segment.write(layer.idx, self.start, k, v)
-        keys = self.segment.k(layer.idx)[None, :, :end].to(q.device)
-        values = self.segment.v(layer.idx)[None, :, :end].to(q.device)
-        queries = q[None]
+    def _attend(
+        self, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, keys: Tensor, values: Tensor, raw: RawQK
+    ) -> Tensor:
+        """See `PrefillBackend`. Mutates the tally and the recorder."""
+        n, start = q.shape[2], keys.shape[2] - q.shape[2]
         log = self.recorder.layers.setdefault(layer.idx, LayerLog())
         began = _now(q.device)
-        plan = self.method.plan(queries, keys, layer, raw) if self.method is not None else None
+        plan = method.plan(q, keys, layer, raw) if method is not None else None
         planned = _now(q.device)
-        out, _ = attend_plan(plan, queries, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        out, _ = attend_plan(plan, q, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
         log.attend_s += _now(q.device) - planned
         log.select_s += planned - began
-        pairs = n * self.start + n * (n + 1) / 2
+        pairs = n * start + n * (n + 1) / 2
         density = [1.0] if plan is None else head_densities(plan)
         by_head = [density[h * len(density) // layer.n_q_heads] for h in range(layer.n_q_heads)]
         self.tally.add(float(layer.n_q_heads) * pairs, sum(by_head) / len(by_head))
         log.kept = [pairs * d + (log.kept[h] if log.kept else 0.0) for h, d in enumerate(by_head)]
         log.pairs += pairs
-        rows: Sequence[int] = self.recorder.rows_of(self.start, n)
+        rows: Sequence[int] = self.recorder.rows_of(start, n)
         if rows:
-            log.rows.append(row_metrics(layer, plan, q, keys[0], values[0], out[0], rows))
+            log.rows.append(row_metrics(layer, plan, q[0], keys[0], values[0], out[0], rows))
         wanted = self.recorder.map_at
         if wanted is not None and wanted[0] == layer.idx:
             if self.recorder.map is None:
                 self.recorder.map = MapSums(layer.idx, wanted[1], self.recorder.n_tokens)
-            self.recorder.map.add(layer, plan, q, keys[0])
-        return out[0]
+            self.recorder.map.add(layer, plan, q[0], keys[0])
+        return out
 
 
 def _now(device: torch.device) -> float:

@@ -137,7 +137,7 @@ class Decoder:
         self._packed: PackedWeights | None = None
 
     def prepare_decoding(self) -> None:
-        """Make passes of few rows quick. On a CPU in float32 this keeps the weights a second time; elsewhere it does nothing."""
+        """Make passes of few rows quick. On a CPU this keeps the weights a second time; elsewhere it does nothing."""
         if self._packed is None and PackedWeights.fits(self.head):
             matrices = (m for w in self.layers for m in (w.qkv, w.out, w.gate_up, w.down))
             self._packed = PackedWeights((*matrices, self.head))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from winnow.workers.model.decoder import Decoder
 from winnow.workers.model.default_model import DEFAULT_NAME, ensure_default_model
 from winnow.workers.model.fingerprint import fingerprint
 from winnow.workers.model.gguf_file import GgufFile
+from winnow.workers.model.packed import cpu_multiplies_bf16
 from winnow.workers.model.sources import FETCH_AGAIN, SafetensorsSource, WeightSource, safetensors_files
 from winnow.workers.model.spec import FAMILIES, ModelSpec
 from winnow.workers.model.tokenizer import Tokenizer, tokenizer_files
@@ -111,15 +111,8 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def auto_dtype(device: torch.device) -> str:
-    """bf16 on a CUDA device and on a CPU that multiplies bf16 itself (AVX-512 BF16, AMX, Arm); fp32 on any other CPU,
-    where bf16 products are emulated: on an AVX2 machine a matrix product is 8 times slower in bf16 than in fp32."""
-    if device.type == "cuda":
-        return "bf16"
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return "bf16" if native else "fp32"
+    """bf16 on a CUDA device and on a CPU that multiplies bf16 itself, fp32 on any other CPU."""
+    return "bf16" if device.type == "cuda" or cpu_multiplies_bf16() else "fp32"
 
 
 def model_name(source: str) -> str:

@@ -91,6 +91,7 @@ class PrefillBackend:
     Attributes:
         segment: receives k and v; holds those of positions below `start`.
         method: plans the reads, or None for dense attention.
+        planned: of a pass's rows the first so many are planned by the method, the rest is dense; None = all of them.
         tally: mutated, one addition a layer.
         samples: (row of this pass, slot of the segment's query sample) pairs to keep.
         measure_rows: rows of each layer on which a plan's recall is measured; 0 = not measured.
@@ -101,6 +102,7 @@ class PrefillBackend:
     start: int
     method: PrefillMethod | None
     tally: Tally
+    planned: int | None = None
     samples: list[tuple[int, int]] = field(default_factory=list)
     measure_rows: int = 0
     break_even: BreakEven | None = None
@@ -112,33 +114,50 @@ class PrefillBackend:
         self.segment.write(layer.idx, self.start, k, v)
         keys = self.segment.k(layer.idx)[None, :, :end].to(q.device)  # [1, Hkv, end, D]; a view where devices agree
         values = self.segment.v(layer.idx)[None, :, :end].to(q.device)
-        queries = q[None]
-        plan = self._plan(layer, queries, keys, raw)
-        out, lse = attend_plan(plan, queries, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
-        self._book(plan, layer, queries, keys, lse)
+        border = n if self.planned is None else self.planned
+        outs = [
+            self._attend(
+                layer, method, q[None, :, a:b], keys[:, :, : self.start + b], values[:, :, : self.start + b],
+                RawQK(raw.q[:, a:b], raw.k[:, a:b]),
+            )
+            for a, b, method in ((0, border, self.method), (border, n, None))
+            if a < b
+        ]  # fmt: skip
         kept = self.segment.query_sample(layer.idx) if self.samples else None
         if kept is not None:
             rows, slots = zip(*self.samples, strict=True)
             kept[:, slots] = q[:, rows].to(kept.device)
-        return out[0]
+        return outs[0][0] if len(outs) == 1 else torch.cat(outs, 2)[0]
 
-    def _plan(self, layer: LayerSpec, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
+    def _attend(
+        self, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, keys: Tensor, values: Tensor, raw: RawQK
+    ) -> Tensor:
+        """Rows q [1, Hq, n, D] over keys and values [1, Hkv, m, D], of which the last n are their own; [1, Hq, n, D]."""
+        plan = self._plan(layer, method, q, keys, raw)
+        out, lse = attend_plan(plan, q, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        self._book(plan, layer, method, q, keys, lse)
+        return out
+
+    def _plan(self, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
         """What the method reads of this layer; None = dense."""
-        if self.method is None:
+        if method is None:
             return None
         n, m = q.shape[2], k.shape[2]
         if self.break_even is None or 0 < layer.window < m:  # a window is cheaper than what the costs were measured on
-            return self.method.plan(q, k, layer, raw)
+            return method.plan(q, k, layer, raw)
         if not self.break_even.tries(layer, n, m, q.device):
             return None
-        plan = self.method.plan(q, k, layer, raw)
+        plan = method.plan(q, k, layer, raw)
         return plan if self.break_even.takes(layer, plan) else None
 
-    def _book(self, plan: TilePlan | None, layer: LayerSpec, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def _book(
+        self, plan: TilePlan | None, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, k: Tensor, lse: Tensor
+    ) -> None:
         """Add what this layer read to the tally."""
         heads, n = layer.n_q_heads, q.shape[2]
-        pairs = float(heads) * (n * self.start + n * (n + 1) / 2)
-        self.tally.is_sparse |= self.method is not None
+        before = k.shape[2] - n
+        pairs = float(heads) * (n * before + n * (n + 1) / 2)
+        self.tally.is_sparse |= method is not None
         if plan is None:
             self.tally.add_dense(pairs, heads * n)
             return
@@ -146,7 +165,7 @@ class PrefillBackend:
         count = rows_to_measure(n, self.measure_rows)
         # An estimate is part of the lse, and a window would be missing from the exact mass.
         if count and not plan.is_estimating and not 0 < layer.window < k.shape[2]:
-            rows = sample_rows(n, count, _SEED + (self.start << 12) + layer.idx, q.device)
+            rows = sample_rows(n, count, _SEED + (before << 12) + layer.idx, q.device)
             recall = kept_shares(q, k, lse, layer, rows).mean()
         self.tally.add_plan(pairs, heads * n, plan.kept_pairs.sum().double() * (heads // plan.mask_heads), recall)
 

@@ -20,13 +20,14 @@ _LAYERS_BETWEEN_READS = 8  # of densities, on an accelerator: each read costs ab
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tokens start .. end-1, planned by `method` (None = dense), `chunk` tokens a forward pass (0 = all, layer by layer)."""
+class Pass:
+    """Tokens start .. end-1 in one forward pass. The first `planned` of them are planned by `method` (None = dense), the rest
+    is dense."""
 
     start: int
     end: int
-    method: PrefillMethod | None
-    chunk: int
+    method: PrefillMethod | None = None
+    planned: int = 0
 
 
 def cache_key(method: PrefillMethod) -> str:
@@ -50,35 +51,46 @@ def sparse_chunk_tokens(config: PrefillConfig, device: torch.device) -> int:
 
 
 def planned_tokens(method: PrefillMethod, n: int, context: int, tail: int) -> int:
-    """How many of a prompt's first tokens a method plans; 0 = all n, also of a prompt shorter than the tail. The rest is dense.
+    """How many of a prompt's first tokens a method plans; the rest is dense.
 
     They are the context where one is named, because with the question among them its KV would serve only that question; else
-    all but the last `tail`. The end of a prompt is where it says what is wanted: its rows decide the answer, and what they miss
-    does not average out over the others.
+    all but the last `tail`, or all of a prompt that is no longer than this. The end of a prompt is where it says what is wanted:
+    its rows decide the answer, and what they miss does not average out over the others.
     """
-    return context if context or method.caps.exact else max(0, n - tail)
+    if context:
+        return context
+    return n - tail if not method.caps.exact and n > tail else n
 
 
-def plan_parts(method: PrefillMethod, n: int, cached: int, context: int, chunk: int) -> list[Part]:
-    """The parts left to compute of a prompt of n tokens of which the first `cached` are there. context: `planned_tokens`.
+def plan_passes(method: PrefillMethod, n: int, cached: int, context: int, chunk: int, tail: int) -> list[Pass]:
+    """The passes left to compute of a prompt of n tokens of which the first `cached` are there.
 
     A sparse method plans chunk by chunk, from a chunk's queries and all keys up to its end. So whatever steers it, the KV of
-    whole chunks depends on no later token, and serves every prompt that begins with them.
+    whole chunks depends on no later token, and serves every prompt that begins with them. A context ends in a pass of its own,
+    so that its KV is the same under every question; a tail is reused by nobody and shares the pass of the rows before it.
+
+    Args:
+        context, tail: see `planned_tokens`.
+        chunk: tokens of a pass; 0 = no limit.
     """
-    if method.caps.exact:
-        parts = [Part(cached, n, None, chunk)]
-    else:
-        border = context or n
-        assert cached >= border or cached % (chunk or n) == 0, "KV is reused by whole chunks"
-        parts = [Part(cached, border, method, chunk), Part(max(cached, border), n, None, chunk)]
-    return [part for part in parts if part.start < part.end]
+    border = 0 if method.caps.exact else planned_tokens(method, n, context, tail)
+    ends = [n] if method.caps.exact or not context else [context, n]
+    passes, start = [], cached
+    for end in ends:
+        while start < end:
+            stop = min(end, start + (chunk or end))
+            planned = max(0, min(stop, border) - start)
+            assert not planned or start % (chunk or n) == 0, "KV is reused by whole chunks"
+            passes.append(Pass(start, stop, method if planned else None, planned))
+            start = stop
+    return passes
 
 
 def forward_steps(
-    decoder: Decoder, segment: KVSegment, ids: Sequence[int], parts: Sequence[Part], cached: int, n_samples: int, tally: Tally,
-    measure_rows: int = 0, break_even: BreakEven | None = None,
+    decoder: Decoder, segment: KVSegment, ids: Sequence[int], passes: Sequence[Pass], n_samples: int, tally: Tally,
+    measure_rows: int = 0, break_even: BreakEven | None = None, *, by_layer: bool = True,
 ) -> Iterator[int]:  # fmt: skip
-    """Compute the parts' KV into the segment, a step at a time.
+    """Compute the passes' KV into the segment, a step at a time.
 
     Args:
         ids: tokens whose KV the segment shall hold.
@@ -86,37 +98,34 @@ def forward_steps(
         break_even: of this prompt, see `PrefillBackend`; told between steps what their plans held. It begins anew with each
             chunk, so that a chunk's KV is the same whether those before it were computed or taken from the cache.
         measure_rows: rows of each layer and pass on which the recall of a method's plan is measured; 0 = not measured.
+        by_layer: a step is one layer of a pass. Else it is a pass, or 8 layers of one where densities of plans are to be read:
+            on an accelerator a chunk is quick, and waiting after each layer is not.
 
     Yields:
-        Work done in this step, in token-layers. A step is one layer of a part's chunk, or of the whole part where it has none;
-        on an accelerator, where a chunk is quick and waiting for it after each layer is not, a step is a chunk, or 8 layers of
-        it where densities of plans are to be read.
+        Work done in this step, in token-layers.
 
     Mutates segment and tally. Closing the iterator stops the work.
     """
     tokens = torch.tensor(ids, dtype=torch.int64, device=decoder.device)
     n_layers = decoder.spec.n_layers
-    sampled = sample_positions(cached, len(ids), n_samples)
-    for part in parts:
-        chunk = part.chunk or part.end - part.start
-        for start in range(part.start, part.end, chunk):
-            end = min(start + chunk, part.end)
-            rows = [(position - start, slot) for slot, position in enumerate(sampled) if start <= position < end]
-            if break_even is not None:
-                break_even.begin_chunk()
-            backend = PrefillBackend(segment, start, part.method, tally, rows, measure_rows, break_even)
-            positions = torch.arange(start, end, device=decoder.device)
-            by_layer = not part.chunk or decoder.device.type == "cpu"
-            booked = 0
-            for layer in decoder.iter_forward(tokens[start:end], positions, backend):
-                reads = (layer + 1) % _LAYERS_BETWEEN_READS == 0 and break_even is not None and break_even.is_waiting
-                if layer + 1 < n_layers and (by_layer or reads):
-                    yield (end - start) * (layer + 1 - booked)
-                    booked = layer + 1
-                    _settle(tally, break_even)
-            segment.advance(ids[start:end])
-            yield (end - start) * (n_layers - booked)
-            _settle(tally, break_even)
+    sampled = sample_positions(passes[0].start if passes else len(ids), len(ids), n_samples)
+    for one in passes:
+        start, end = one.start, one.end
+        rows = [(position - start, slot) for slot, position in enumerate(sampled) if start <= position < end]
+        if break_even is not None:
+            break_even.begin_chunk()
+        backend = PrefillBackend(segment, start, one.method, tally, one.planned, rows, measure_rows, break_even)
+        positions = torch.arange(start, end, device=decoder.device)
+        booked = 0
+        for layer in decoder.iter_forward(tokens[start:end], positions, backend):
+            reads = (layer + 1) % _LAYERS_BETWEEN_READS == 0 and break_even is not None and break_even.is_waiting
+            if layer + 1 < n_layers and (by_layer or reads):
+                yield (end - start) * (layer + 1 - booked)
+                booked = layer + 1
+                _settle(tally, break_even)
+        segment.advance(ids[start:end])
+        yield (end - start) * (n_layers - booked)
+        _settle(tally, break_even)
 
 
 def _settle(tally: Tally, break_even: BreakEven | None) -> None:

@@ -36,7 +36,7 @@ from winnow.workers.prefill.job import (
     RankJob,
     RankResult,
 )
-from winnow.workers.prefill.prompt import cache_key, forward_steps, plan_parts, planned_tokens, sparse_chunk_tokens
+from winnow.workers.prefill.prompt import cache_key, forward_steps, plan_passes, planned_tokens, sparse_chunk_tokens
 from winnow.workers.prefill.scheduler import Scheduler
 from winnow.workers.ranking.base import RankContext, Ranker, rankers
 
@@ -217,22 +217,24 @@ class PrefillEngine:
         method = self._method(job.method).for_prompt()
         spec, ids = self.model.spec, list(job.token_ids[:-1])
         n = len(ids)
-        context = planned_tokens(method, n, min(job.context_tokens, n), self.config.dense_tail_tokens)
+        context, tail = min(job.context_tokens, n), self.config.dense_tail_tokens
         sample = (spec.n_q_heads, job.query_sample) if job.query_sample else None
         chunk = self.config.chunk_tokens if method.caps.exact else sparse_chunk_tokens(self.config, self.model.decoder.device)
         lease = task.lease = self.store.acquire(
-            ids, job.tail_tokens + 1, tenant=job.tenant, method=cache_key(method), context_tokens=context,
-            chunk_tokens=chunk, use_cache=not job.no_cache, query_sample=sample,
+            ids, job.tail_tokens + 1, tenant=job.tenant, method=cache_key(method),
+            context_tokens=planned_tokens(method, n, context, tail), chunk_tokens=chunk, is_apart=context > 0,
+            use_cache=not job.no_cache, query_sample=sample,
         )  # fmt: skip
         cached = lease.cached_tokens
         tally, break_even = Tally(), self._break_even(method)
         told = cached
         self._emit(task, Progress(told, n))
-        parts = plan_parts(method, n, cached, context, chunk)
+        passes = plan_passes(method, n, cached, context, chunk, tail)
         left = (n - cached) * spec.n_layers
         steps = forward_steps(
-            self.model.decoder, lease.segment, ids, parts, cached, job.query_sample, tally, self.config.recall_rows, break_even
-        )
+            self.model.decoder, lease.segment, ids, passes, job.query_sample, tally, self.config.recall_rows, break_even,
+            by_layer=not chunk or self.model.decoder.device.type == "cpu",
+        )  # fmt: skip
         for work in steps:
             left -= work
             self._settle()
@@ -245,10 +247,10 @@ class PrefillEngine:
         self.store.publish(lease)
         now = time.monotonic()
         queue_s, work_s = task.started_at - task.submitted_at, now - task.started_at
-        passes = dict(break_even.counts) if break_even is not None else {}
+        reasons = dict(break_even.counts) if break_even is not None else {}
         self._finish(
             task,
-            PrefillResult(lease.handle, lease, cached, tally.density, queue_s, work_s, recall=tally.recall, passes=passes),
+            PrefillResult(lease.handle, lease, cached, tally.density, queue_s, work_s, recall=tally.recall, passes=reasons),
         )
 
     def _rank(self, task: _Task, job: RankJob) -> Steps:

@@ -19,6 +19,7 @@ from winnow.workers.prefill.methods.dense import Dense
 from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 from winnow.workers.prefill.methods.flexprefill import FlexPrefill
 from winnow.workers.prefill.methods.recall import Recall
+from winnow.workers.prefill.prompt import plan_passes
 from winnow.workers.prefill.scoring import KeyTiles
 from winnow.workers.ranking.base import RankContext, Ranker
 
@@ -189,9 +190,28 @@ def test_the_end_of_a_prompt_stays_dense_and_joins_no_chunk(rig: MakeRig) -> Non
     dense = sum(i + 1 for i in range(336, 400))
     assert found.density == pytest.approx((sparse + dense) / (400 * 401 / 2), rel=1e-6)
     assert r.run_prefill(ids[:350] + prompt(60, 1), method=method).cached_tokens == 288, "chunks that end before its own tail"
+    assert r.run_prefill(ids[:336] + prompt(65, 1), method=method).cached_tokens == 288, "not to where its tail begins"
     assert r.run_prefill(ids, method=method).cached_tokens == 400
     assert r.run_prefill(ids, method=method, context_tokens=400).cached_tokens == 288, "a context has no tail"
     assert r.run_prefill(prompt(41, 2), method=method, no_cache=True).density < 1.0, "a prompt shorter than the tail is planned"
+
+
+def test_the_end_of_a_prompt_shares_the_pass_before_it_and_a_context_ends_its_own() -> None:
+    method, dense = Tail(), Dense()
+
+    def passes(n: int, cached: int = 0, context: int = 0, by: PrefillMethod = method) -> list[tuple[int, int, int]]:
+        found = plan_passes(by, n, cached, context, chunk=96, tail=64)
+        assert all((one.method is None) == (one.planned == 0) for one in found)
+        return [(one.start, one.end, one.planned) for one in found]
+
+    assert passes(64) == [(0, 64, 64)], "a prompt no longer than the tail is planned"
+    assert passes(90) == [(0, 90, 26)]
+    assert passes(200) == [(0, 96, 96), (96, 192, 40), (192, 200, 0)]
+    assert passes(200, cached=96) == [(96, 192, 40), (192, 200, 0)]
+    assert passes(200, context=120) == [(0, 96, 96), (96, 120, 24), (120, 200, 0)]
+    assert passes(200, cached=120, context=120) == [(120, 200, 0)]
+    assert passes(200, cached=200) == []
+    assert passes(200, cached=7, by=dense) == [(7, 103, 0), (103, 199, 0), (199, 200, 0)]
 
 
 @pytest.mark.promise("R20")

@@ -14,7 +14,7 @@ from winnow.orchestration.evaluation.task import tasks
 from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill.backend import PrefillBackend, Tally
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.prompt import forward_steps, plan_parts
+from winnow.workers.prefill.prompt import forward_steps, plan_passes
 
 N = 700
 
@@ -126,7 +126,7 @@ def test_the_next_token_is_the_pipelines(tiny: LoadedModel) -> None:
     spec = tiny.spec
     segment = KVSegment.create(SegmentLayout(spec.n_layers, spec.n_kv_heads, spec.head_size, tiny.dtype_name), N)
     method, tally = sparse(), Tally()
-    for _ in forward_steps(tiny.decoder, segment, ids(), plan_parts(method, N, 0, 0, 0), 0, 0, tally):
+    for _ in forward_steps(tiny.decoder, segment, ids(), plan_passes(method, N, 0, 0, 0, 0), 0, tally):
         pass
     found = cell(tiny, Prompt(ids(), ("x",), max_new_tokens=1), method)
     assert found.density == tally.density

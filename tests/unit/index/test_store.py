@@ -158,6 +158,10 @@ def test_whole_chunks_of_a_method_serve_every_context_that_begins_with_them(stor
     run(store, [*PROMPT, 7, 7, 7], context_tokens=17, **key)
     assert store.prefix_tokens([*PROMPT, 7, 7, 7], **key) == 16, "behind its context the other one's third chunk is dense"
     assert store.prefix_tokens([*PROMPT, 8], context_tokens=17, **key) == 17
+    run(store, [*PROMPT, 9, 9], context_tokens=20, is_apart=False, **key)
+    assert store.prefix_tokens([*PROMPT, 9, 9], context_tokens=20, is_apart=False, **key) == 25
+    assert store.prefix_tokens([*PROMPT, 9, 8], context_tokens=20, is_apart=False, **key) == 16, "not to the context's end"
+    assert store.prefix_tokens([*PROMPT, 9, 9], context_tokens=20, **key) == 16, "computed apart it is another one"
     with pytest.raises(InvalidRequest, match="chunk_tokens must be >= 0"):
         store.acquire(PROMPT, 0, method="m", chunk_tokens=-1)
 

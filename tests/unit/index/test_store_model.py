@@ -35,6 +35,7 @@ TOKENS = st.builds(
 UNTIL = st.sampled_from(["written", "published", "published", "released", "released", "released"])
 CHUNK = {"": 0, "m": 0, "n": 8}  # method n plans in chunks of 8 tokens
 CONTEXTS = st.sampled_from([0, 0, 3, 8, 11])
+JOINED = 11  # a context of so many tokens is never computed apart from what follows it
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Entry:
 
 def usable(entry: Entry, tokens: list[int], tenant: str, method: str, context: int) -> int:
     """Leading tokens of `tokens` that this entry may serve, by the rules in words: same tenant and method; for an exact method
-    whole blocks, or the entry whole; for others the same context, or the same whole, or chunks that are whole in both."""
+    whole blocks, or the entry whole; for others the same context that both end apart, or the same whole, or chunks that are whole
+    in both."""
     if (entry.tenant, entry.method) != (tenant, method):
         return 0
     common = next(
@@ -76,19 +78,28 @@ def usable(entry: Entry, tokens: list[int], tenant: str, method: str, context: i
     if method:
         ours, theirs = context or len(tokens), entry.context or len(entry.tokens)
         if ours == theirs <= common:
-            return len(tokens) if entry.tokens == tokens else ours
+            if entry.tokens == tokens:
+                return len(tokens)
+            if not is_joined(context, tokens) and not is_joined(entry.context, entry.tokens):
+                return ours
         return min(common, ours, theirs) // CHUNK[method] * CHUNK[method] if CHUNK[method] else 0
     return common if common == len(entry.tokens) else common // BLOCK * BLOCK
 
 
+def is_joined(context: int, tokens: list[int]) -> bool:
+    return context == JOINED < len(tokens)
+
+
 def salt_of(tokens: list[int], tenant: str, method: str, context: int) -> Salt:
     """What a method's KV depends on: whole chunks on the tokens up to their end, the rest of the context on all of it, and what
-    follows on where the context ended. Without a context the whole is its own: both are planned over the same tokens."""
+    follows on where the context ended. Without a context the whole is its own: both are planned over the same tokens. Where
+    context and rest share a pass, what is in it depends on all tokens."""
     if not method:
         return tenant
     own = context or len(tokens)
     ends = range(CHUNK[method], own + 1, CHUNK[method]) if CHUNK[method] else ()
-    return (*((end, f"{tenant}/{method}/{tokens[:end]}") for end in ends), (own, f"{tenant}/{method}/{own}/{tokens[:own]}"))
+    rest = f"joined/{tokens}" if is_joined(context, tokens) else f"{own}/{tokens[:own]}"
+    return (*((end, f"{tenant}/{method}/{tokens[:end]}") for end in ends), (own, f"{tenant}/{method}/{rest}"))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -159,6 +170,7 @@ class StoreMachine(RuleBasedStateMachine):
                 method=method,
                 context_tokens=context,
                 chunk_tokens=CHUNK[method],
+                is_apart=context != JOINED,
                 use_cache=use_cache,
             )
         except Overloaded:
@@ -302,7 +314,7 @@ class StoreMachine(RuleBasedStateMachine):
         corrupt = self.store.stats().corrupt
         lease = self.store.acquire(
             entry.tokens, 0, tenant=entry.tenant, method=entry.method, context_tokens=entry.context,
-            chunk_tokens=CHUNK[entry.method],
+            chunk_tokens=CHUNK[entry.method], is_apart=entry.context != JOINED,
         )  # fmt: skip
         if self.store.stats().corrupt > corrupt:
             self.entries.pop(sid)

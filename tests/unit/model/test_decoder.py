@@ -16,7 +16,7 @@ from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.model import decoder as decoder_module
 from winnow.workers.model.decoder import Decoder, Step, rms_norm
 from winnow.workers.model.loader import LoadedModel, load_model
-from winnow.workers.model.packed import FEW_ROWS
+from winnow.workers.model.packed import FEW_ROWS, cpu_multiplies_bf16
 from winnow.workers.model.reference import DenseBackend
 from winnow.workers.model.rope import rotate
 from winnow.workers.model.spec import FAMILIES, ModelSpec
@@ -144,6 +144,17 @@ def test_prepared_for_decoding_the_logits_stay_the_same(tiny: Tiny, family: str)
     model.decoder.prepare_decoding()
     for chunk in (1, 8, FEW_ROWS, FEW_ROWS + 1):  # packed weights up to FEW_ROWS rows, the plain ones above
         torch.testing.assert_close(run(model, tokens, chunk), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.skipif(not cpu_multiplies_bf16(), reason="bf16 is emulated on this processor and stays in its plain layout")
+def test_prepared_for_decoding_bf16_logits_stay_as_near_to_fp32(tiny: Tiny) -> None:
+    tokens = prompt(FEW_ROWS + 9)
+    exact = run(load(tiny("qwen2")), tokens, len(tokens))
+    half = load_model(str(tiny("qwen2")), dtype="bf16", device="cpu")
+    plain = (run(half, tokens, 8) - exact).abs().max()
+    half.decoder.prepare_decoding()
+    assert half.decoder._packed is not None
+    assert (run(half, tokens, 8) - exact).abs().max() <= 2 * plain
 
 
 def test_iter_forward_yields_each_layer_and_returns_what_forward_returns(tiny: Tiny) -> None:

@@ -15,6 +15,7 @@ from workloads import Shape, Workload, s1_noise, s4_segments, s7_mixture
 from winnow.index.layout import SegmentLayout
 from winnow.index.segment import KVSegment
 from winnow.registry import Capabilities
+from winnow.workers.attention.backend import RawQK
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import HeadClass, TileLists, TilePlan
 from winnow.workers.prefill import quality
@@ -151,7 +152,7 @@ def passed(method: PrefillMethod | None, x: Workload, chunk: int, measure_rows: 
         backend = PrefillBackend(segment, start, method, tally, measure_rows=measure_rows)
         for idx in range(layers):
             q, k, v = (y[0, :, start:end] for y in (x.q, x.k, x.v))
-            backend.attend(replace(LAYER, idx=idx, window=window), q, k, v, None)  # type: ignore[arg-type]  # no method here reads raw
+            backend.attend(replace(LAYER, idx=idx, window=window), q, k, v, RawQK(q, k))
         segment.advance([1] * (end - start))
     return tally
 
@@ -196,5 +197,5 @@ def test_measuring_changes_no_output() -> None:
     for rows in (0, 32):
         segment = KVSegment.create(SegmentLayout(1, 2, 32, "fp32"), 300)
         backend = PrefillBackend(segment, 0, Fixed(), Tally(), measure_rows=rows)
-        outs.append(backend.attend(LAYER, x.q[0], x.k[0], x.v[0], None))  # type: ignore[arg-type]
+        outs.append(backend.attend(LAYER, x.q[0], x.k[0], x.v[0], RawQK(x.q[0], x.k[0])))
     assert torch.equal(*outs)
