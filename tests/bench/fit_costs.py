@@ -43,8 +43,9 @@ FEW = 6  # cells: three coefficients fit three of them whatever they are
 STRUCTURED = "model-like"  # the workload whose densities are expected before anything is known of a prompt
 # kind of device -> (files, query heads, head size)
 DEVICES: dict[str, tuple[tuple[str, ...], int, int]] = {
-    "cpu": (("break_even_cpu.json",), 9, 64),
-    "sm_90": (("prefill_h100.json", "executor_h100.json"), 32, 128),
+    "cpu_float32": (("break_even_cpu_float32.json",), 9, 64),
+    "cpu_bfloat16": (("break_even_cpu_bfloat16.json",), 9, 64),
+    "sm_90_16": (("prefill_h100.json", "executor_h100.json"), 32, 128),
 }
 
 
@@ -208,7 +209,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
-    devices = json.loads(options.out.read_text())["devices"] if options.out.is_file() else {}
+    before = json.loads(options.out.read_text())["devices"] if options.out.is_file() else {}
+    devices = {kind: before[kind] for kind in DEVICES if kind in before}
     for kind, (names, heads, head_size) in DEVICES.items():
         cells = read_cells(options.results, names, heads, head_size)
         if not any(c.selection_ms is not None for c in cells):

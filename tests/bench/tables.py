@@ -27,7 +27,7 @@ class View(NamedTuple):
 
 
 _RATE = "TFLOP/s on kept pairs over those of the dense control"
-NOT_SHOWN = {"break_even_cpu"}  # what workers/prefill/costs.json is fitted to
+NOT_SHOWN = {"break_even_cpu_bfloat16", "break_even_cpu_float32"}  # what workers/prefill/costs.json is fitted to
 VIEWS = {
     "executor_h100": View(r"(\w+)/(.+)", r"\2", r"\1", f"keys / density / tile or window; {_RATE}"),
     "executor_cpu": View(r"\w+/(.+)", r"\1", "time over dense", "keys / density / tile / lists"),

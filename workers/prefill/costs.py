@@ -105,18 +105,19 @@ class DeviceCosts:
         return cls(_three(data["dense"]), methods)
 
 
-def costs_of(device: torch.device, file: Path = FILE) -> DeviceCosts | None:
-    """The costs of a device's kind, None where nobody measured it."""
-    found = _read(file).get(device_kind(device))
+def costs_of(device: torch.device, dtype: torch.dtype, file: Path = FILE) -> DeviceCosts | None:
+    """The costs of a device's kind with values of this dtype, None where nobody measured it."""
+    found = _read(file).get(device_kind(device, dtype))
     return DeviceCosts.from_json(found) if found is not None else None
 
 
-def device_kind(device: torch.device) -> str:
-    """ "cpu", or "sm_90" for a CUDA device of compute capability 9.0 (H100, H200)."""
+def device_kind(device: torch.device, dtype: torch.dtype) -> str:
+    """ "cpu_bfloat16", "cpu_float32"; "sm_90_16" for 16-bit values on a CUDA device of compute capability 9.0 (H100, H200): both
+    kinds of them take the same kernels there."""
     if device.type != "cuda":
-        return device.type
+        return f"{device.type}_{str(dtype).removeprefix('torch.')}"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}_{dtype.itemsize * 8}"
 
 
 @functools.cache

@@ -149,9 +149,11 @@ def test_the_shipped_costs_keep_the_promise_on_the_committed_measurements(kind: 
 
 
 def test_this_machine_has_costs() -> None:
-    assert device_kind(CPU) == "cpu"
-    assert costs_of(CPU) is not None
-    assert costs_of(torch.device("meta")) is None
+    assert device_kind(CPU, torch.bfloat16) == "cpu_bfloat16"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert costs_of(CPU, dtype) is not None
+    assert costs_of(CPU, torch.float16) is None
+    assert costs_of(torch.device("meta"), torch.float32) is None
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------
