@@ -14,6 +14,7 @@ from winnow.orchestration.evaluation.maps import MapSums
 from winnow.orchestration.evaluation.metrics import RowMetrics, head_densities, row_metrics, sampled_rows
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
+from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.backend import PrefillBackend
 from winnow.workers.prefill.base import PrefillMethod
 
@@ -61,18 +62,19 @@ class MeasuredBackend(PrefillBackend):
 
     recorder: Recorder = field(default_factory=lambda: Recorder(0))
 
-    def _attend(
-        self, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, keys: Tensor, values: Tensor, raw: RawQK
-    ) -> Tensor:
-        """See `PrefillBackend`. Mutates the tally and the recorder."""
-        n, start = q.shape[2], keys.shape[2] - q.shape[2]
-        log = self.recorder.layers.setdefault(layer.idx, LayerLog())
+    def _plan(self, layer: LayerSpec, method: PrefillMethod, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
+        """See `PrefillBackend`. Mutates the recorder."""
         began = _now(q.device)
-        plan = method.plan(q, keys, layer, raw) if method is not None else None
-        planned = _now(q.device)
-        out, _ = attend_plan(plan, q, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
-        log.attend_s += _now(q.device) - planned
-        log.select_s += planned - began
+        plan = super()._plan(layer, method, q, k, raw)
+        self._log(layer).select_s += _now(q.device) - began
+        return plan
+
+    def _attend(self, layer: LayerSpec, plan: TilePlan | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `PrefillBackend`. Mutates the tally and the recorder."""
+        n, start, log = q.shape[2], k.shape[2] - q.shape[2], self._log(layer)
+        began = _now(q.device)
+        out, _ = attend_plan(plan, q, k, v, scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        log.attend_s += _now(q.device) - began
         pairs = n * start + n * (n + 1) / 2
         density = [1.0] if plan is None else head_densities(plan)
         by_head = [density[h * len(density) // layer.n_q_heads] for h in range(layer.n_q_heads)]
@@ -81,13 +83,16 @@ class MeasuredBackend(PrefillBackend):
         log.pairs += pairs
         rows: Sequence[int] = self.recorder.rows_of(start, n)
         if rows:
-            log.rows.append(row_metrics(layer, plan, q[0], keys[0], values[0], out[0], rows))
+            log.rows.append(row_metrics(layer, plan, q[0], k[0], v[0], out[0], rows))
         wanted = self.recorder.map_at
         if wanted is not None and wanted[0] == layer.idx:
             if self.recorder.map is None:
                 self.recorder.map = MapSums(layer.idx, wanted[1], self.recorder.n_tokens)
-            self.recorder.map.add(layer, plan, q[0], keys[0])
+            self.recorder.map.add(layer, plan, q[0], k[0])
         return out
+
+    def _log(self, layer: LayerSpec) -> LayerLog:
+        return self.recorder.layers.setdefault(layer.idx, LayerLog())
 
 
 def _now(device: torch.device) -> float:

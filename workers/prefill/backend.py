@@ -115,33 +115,25 @@ class PrefillBackend:
         keys = self.segment.k(layer.idx)[None, :, :end].to(q.device)  # [1, Hkv, end, D]; a view where devices agree
         values = self.segment.v(layer.idx)[None, :, :end].to(q.device)
         border = n if self.planned is None else self.planned
-        outs = [
-            self._attend(
-                layer, method, q[None, :, a:b], keys[:, :, : self.start + b], values[:, :, : self.start + b],
-                RawQK(raw.q[:, a:b], raw.k[:, a:b]),
+        upto = self.start + border
+        plan = None
+        if self.method is not None and border:
+            plan = self._plan(
+                layer, self.method, q[None, :, :border], keys[:, :, :upto], RawQK(raw.q[:, :border], raw.k[:, :border])
             )
-            for a, b, method in ((0, border, self.method), (border, n, None))
-            if a < b
-        ]  # fmt: skip
+        if plan is None or border == n:
+            out = self._attend(layer, plan, q[None], keys, values)
+        else:
+            first = self._attend(layer, plan, q[None, :, :border], keys[:, :, :upto], values[:, :, :upto])
+            out = torch.cat((first, self._attend(layer, None, q[None, :, border:], keys, values)), 2)
         kept = self.segment.query_sample(layer.idx) if self.samples else None
         if kept is not None:
             rows, slots = zip(*self.samples, strict=True)
             kept[:, slots] = q[:, rows].to(kept.device)
-        return outs[0][0] if len(outs) == 1 else torch.cat(outs, 2)[0]
+        return out[0]
 
-    def _attend(
-        self, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, keys: Tensor, values: Tensor, raw: RawQK
-    ) -> Tensor:
-        """Rows q [1, Hq, n, D] over keys and values [1, Hkv, m, D], of which the last n are their own; [1, Hq, n, D]."""
-        plan = self._plan(layer, method, q, keys, raw)
-        out, lse = attend_plan(plan, q, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
-        self._book(plan, layer, method, q, keys, lse)
-        return out
-
-    def _plan(self, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
+    def _plan(self, layer: LayerSpec, method: PrefillMethod, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
         """What the method reads of this layer; None = dense."""
-        if method is None:
-            return None
         n, m = q.shape[2], k.shape[2]
         if self.break_even is None or 0 < layer.window < m:  # a window is cheaper than what the costs were measured on
             return method.plan(q, k, layer, raw)
@@ -150,14 +142,18 @@ class PrefillBackend:
         plan = method.plan(q, k, layer, raw)
         return plan if self.break_even.takes(layer, plan) else None
 
-    def _book(
-        self, plan: TilePlan | None, layer: LayerSpec, method: PrefillMethod | None, q: Tensor, k: Tensor, lse: Tensor
-    ) -> None:
-        """Add what this layer read to the tally."""
+    def _attend(self, layer: LayerSpec, plan: TilePlan | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rows q [1, Hq, n, D] over k and v [1, Hkv, m, D], of which the last n are their own; [1, Hq, n, D]."""
+        out, lse = attend_plan(plan, q, k, v, scale=layer.scale, softcap=layer.softcap, window=layer.window)
+        self._book(plan, layer, q, k, lse)
+        return out
+
+    def _book(self, plan: TilePlan | None, layer: LayerSpec, q: Tensor, k: Tensor, lse: Tensor) -> None:
+        """Add what these rows read to the tally."""
         heads, n = layer.n_q_heads, q.shape[2]
         before = k.shape[2] - n
         pairs = float(heads) * (n * before + n * (n + 1) / 2)
-        self.tally.is_sparse |= method is not None
+        self.tally.is_sparse |= self.method is not None
         if plan is None:
             self.tally.add_dense(pairs, heads * n)
             return
