@@ -40,7 +40,8 @@ ALLOWED = 1.02
 PAIR_FLOOR = 0.8  # of what a pair costs in dense attention, at least: the executor measures 0.9 to 1.3
 NEVER = 1e6  # a margin with which sparse is not chosen
 FEW = 6  # cells: three coefficients fit three of them whatever they are
-STRUCTURED = "model-like"  # the workload whose densities are expected before anything is known of a prompt
+# the workloads whose densities are expected before anything is known of a prompt, where real text was not measured the second
+STRUCTURED = ("text", "model-like")
 # kind of device -> (files, query heads, head size)
 DEVICES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "cpu_float32": (("break_even_cpu_float32.json",), 9, 64),
@@ -149,7 +150,7 @@ def usual_densities(method: str, cells: Sequence[Cell]) -> tuple[tuple[int, floa
     whole = [c for c in cells if c.size.rows == c.size.keys]
     default = [c for c in whole if c.spec == method]
     own = default or whole
-    own = [c for c in own if c.workload == STRUCTURED] or own
+    own = next((found for kind in STRUCTURED if (found := [c for c in own if c.workload.startswith(kind)])), own)
     typical = statistics.median if default else max
     return tuple((keys, typical(c.density for c in own if c.size.keys == keys)) for keys in sorted({c.size.keys for c in own}))
 
