@@ -25,7 +25,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
-from results import Row, row, write
+from results import Row, describe_machine, row, write
 
 from winnow.client import Client
 from winnow.config import WinnowConfig
@@ -297,7 +297,7 @@ def main() -> None:
             keep(pipeline_rows(model, engine, client, n))
             keep(agreement_rows(model, client, [2048] if quick else [2048, 4096], 2 if quick else 4))
             keep(ranking_rows(client, 100, 3 if quick else 25))
-    write("spine_cpu.json", rows)
+    write("spine_cpu.json", rows, machine=f"{describe_machine()}, {model.dtype_name}")
 
 
 if __name__ == "__main__":
