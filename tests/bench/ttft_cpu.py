@@ -31,7 +31,7 @@ from results import describe_machine, row, write
 from winnow.config import PrefillConfig, WinnowConfig
 from winnow.orchestration.demo.longtext import long_text
 from winnow.registry import parse_spec
-from winnow.types import MethodChoice
+from winnow.types import MethodChoice, Sampling
 from winnow.workers.engine import LocalEngine
 from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.prefill.break_even import dense_share
@@ -56,7 +56,7 @@ def text_ids(model: LoadedModel, n: int) -> list[int]:
 def prefilled(engine: LocalEngine, ids: list[int], method: str) -> tuple[float, PrefillResult]:
     """Wall seconds from submission to result, and the result; its KV is let go."""
     start = time.perf_counter()
-    events = engine.generate(ids, None, MethodChoice(*parse_spec(method)), no_cache=True)
+    events = engine.generate(ids, Sampling(max_tokens=1), MethodChoice(*parse_spec(method)), no_cache=True)
     result = next(events)
     seconds = time.perf_counter() - start
     events.close()
@@ -85,7 +85,8 @@ def main() -> None:
         prefilled(engines[""], ids, DENSE[0])
         began = time.monotonic()
         while len(seconds[DENSE]) < 2 or time.monotonic() < began + options.seconds:
-            for method, how in runs:
+            turn = len(seconds[DENSE]) % len(runs)
+            for method, how in (*runs[turn:], *runs[:turn]):  # each comes after each: the one before leaves caches as it does
                 took, last[method, how] = prefilled(engines[how], ids, method)
                 seconds[method, how].append(took)
         for method, how in runs[1:]:
