@@ -282,6 +282,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--only-collect", action="store_true", help="compute nothing, write the rows of what is finished")
+    parser.add_argument("--name", default="quality", help="of the result file")
     args = parser.parse_args(arguments)
     args.out = args.out or Path(tempfile.mkdtemp(prefix="winnow-quality-"))
     args.deadline = time.time() + args.seconds
@@ -294,7 +295,7 @@ def main() -> None:
         run_shards(args)
     shared, records = collect(args.out)
     methods = list(dict.fromkeys((CONTROL, *args.methods, *args.slow, *(record["method"] for record in records))))
-    write("quality.json", rows_of(records, methods), machine=f"{shared['device']}, {shared['dtype']}, {shared['model']}")
+    write(f"{args.name}.json", rows_of(records, methods), machine=f"{shared['device']}, {shared['dtype']}, {shared['model']}")
     refused = sorted({(r["method"], r["unsupported"]) for r in records if "unsupported" in r})
     print(f"{len(records)} cells; refused: {refused or 'none'}")
 

@@ -39,6 +39,13 @@ VIEWS = {
         "`seerattention` run with random parameters here: their times mean something, their recall does not",
         ("density", "recall"),
     ),
+    "ttft_cpu": View(
+        r"ttft/(\d+)/(.+)",
+        r"\2",
+        r"\1",
+        "a real text in the default model, end to end, by tokens; time over dense: as served, in one piece, and with the method "
+        "in every layer, whether that pays or not",
+    ),
     "quality": View(
         r"quality/(2048|4096)/([^/]+)/(score|recall|density)",
         r"\2",
