@@ -148,6 +148,14 @@ def test_the_shipped_costs_keep_the_promise_on_the_committed_measurements(kind: 
     assert min(ratios.values()) < 0.7, "sparse is chosen somewhere"
 
 
+def test_costs_of_a_gpu_are_those_of_16_bit_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    hopper = torch.device("cuda", 0)
+    assert device_kind(hopper, torch.bfloat16) == device_kind(hopper, torch.float16) == "sm_90_16"
+    assert costs_of(hopper, torch.bfloat16) is not None
+    assert costs_of(hopper, torch.float32) is None, "nobody measured the general kernel on them"
+
+
 def test_this_machine_has_costs() -> None:
     assert device_kind(CPU, torch.bfloat16) == "cpu_bfloat16"
     for dtype in (torch.float32, torch.bfloat16):
