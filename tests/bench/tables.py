@@ -54,6 +54,13 @@ VIEWS = {
         ".98 and .99: 27 prompts at 2,048 and 15 at 4,096; the others one to three, too few to tell them apart by score",
         ("recall", "density"),
     ),
+    "quality_4096": View(
+        r"quality/4096/([^/]+)/(score|perplexity|density)",
+        r"\1",
+        r"\2",
+        "more prompts of 4,096 tokens, in bf16: score and perplexity over dense, density; 29 prompts and 5 texts",
+        ("density",),
+    ),
 }  # fmt: skip
 
 
