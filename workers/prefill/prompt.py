@@ -1,4 +1,4 @@
-"""How one prompt is cut into parts and steps: which tokens go dense or through the method, in chunks or whole."""
+"""How one prompt is cut into passes and steps: which tokens go dense or through the method, in chunks or whole."""
 
 from __future__ import annotations
 
