@@ -50,7 +50,7 @@ SPECS = (
 )  # fmt: skip
 TEXT_LAYERS = (6, 20)
 TEXT_TOKENS = 8192  # the model's context
-MOST_NOISE = 4096  # longer prompts of workloads that every method leaves dense tell nothing new
+MOST_NOISE = 4096  # longer prompts of workloads that most methods leave dense take long and tell little
 CHUNKS = ((2048, 8192), (2048, 16384))
 WORKLOADS: dict[str, Callable[[Shape, int], Workload]] = {"model-like": model_like, "S7": s7_mixture, "S1": s1_noise}
 

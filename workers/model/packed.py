@@ -3,8 +3,8 @@
 A decode step reads every weight once for a row or a handful of rows, so it runs at the memory's speed or not at all. MKL's
 products of few rows get half of it; oneDNN's get more, but only from its own layout. Measured on two cores with SmolLM2's
 shapes, all linear layers of a step: float32 on AVX2 29.5 ms instead of 37.5 at one row, 41 instead of 62 at eight; bfloat16 on
-AVX-512 15 instead of 35, 23 instead of 29. On AVX2 the plain layout is the faster one from about a hundred rows on, on
-AVX-512 they are level at thousands, so both are kept.
+AVX-512 15 instead of 35, 23 instead of 29. On AVX2 the plain layout is the faster one from about a hundred rows on, in
+bfloat16 on AVX-512 they are level at two thousand, so both are kept.
 """
 
 from __future__ import annotations
