@@ -102,13 +102,15 @@ def _give_up(error: Exception) -> None:
                 triton.__version__, error)  # fmt: skip
 
 
-def takes(plan: TilePlan, q: Tensor, *, scale: float) -> bool:
-    """Whether `launch` can run this: capability 9.0, 16-bit, query tiles of 64 or 128, heads of 33..256 in whole 16 bytes."""
+def takes(plan: TilePlan, q: Tensor, out: Tensor, *, scale: float) -> bool:
+    """Whether `launch` can run this: capability 9.0, 16-bit in and out, query tiles of 64 or 128, heads of 33..256 in whole 16
+    bytes."""
     head_size = q.shape[3]
     return (
         q.is_cuda
         and _is_hopper(q.device.index)
         and q.dtype in (torch.float16, torch.bfloat16)
+        and out.dtype == q.dtype
         and plan.block_q in (64, 128)
         and plan.block_k in (16, 32, 64, 128)
         and 32 < head_size <= 256

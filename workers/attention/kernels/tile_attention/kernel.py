@@ -263,7 +263,7 @@ def tile_attention(
     lists = lower(plan)
     if (
         not is_interpreted()
-        and hopper.takes(plan, q, scale=scale)
+        and hopper.takes(plan, q, out, scale=scale)
         and hopper.launch(plan, lists, q, k, v, scale=scale, out=out, lse=lse)
     ):
         return out, lse
