@@ -1,6 +1,6 @@
 """One GPU: how long a prompt takes from its submission until its KV is there, dense and with each candidate default method.
 
-    python tests/bench/ttft_h100.py [--seconds S] [--methods a,b] [--lengths 131072,32768,65536] [--chunk C] [--served a,b]
+    python tests/bench/ttft_h100.py [--seconds S] [--methods a,b] [--lengths 131072,32768,65536] [--chunk C]
 
 The model is 8B-shaped (32 layers, hidden 4096, MLP 14336, 32 query and 8 KV heads of 128, bf16) and runs whole, through the
 prefill engine: embeddings, norms, all linear layers, RoPE, KV written to a segment, selection, attention. Its weights are random,
@@ -15,9 +15,6 @@ whose mean recall, over sampled rows of all query heads of the four draws at tha
 last, and the note says so. Row `ttft/<N>/<method>`: seconds from submission to result, control: the same without a method, cuDNN
 attention, in the same run. The note holds setting, recall, density, and what selection and attention take in one layer.
 `ttft/<N>/ran`: how many methods there was time for.
-
-`ttft_served/<N>/<method>`: the same as a user gets it, at every length from 1,024 tokens: the methods of --served with the
-predictor on, which may leave layers dense, the end of the prompt dense and recall measured; dense and they in turn.
 """
 
 from __future__ import annotations
@@ -49,7 +46,6 @@ from winnow.config import KVConfig, PrefillConfig
 from winnow.index.layout import SegmentLayout
 from winnow.index.store import SegmentStore
 from winnow.registry import parse_spec
-from winnow.types import MethodChoice
 from winnow.workers.attention.backend import RawQK
 from winnow.workers.model.decoder import Decoder, Step
 from winnow.workers.model.loader import LoadedModel
@@ -59,6 +55,7 @@ from winnow.workers.prefill.job import PrefillJob, PrefillResult
 from winnow.workers.prefill.prompt import sparse_chunk_tokens
 from winnow.workers.prefill.worker import PrefillEngine
 
+ONE_PIECE = 1 << 20  # tokens of a pass: how dense attention is fastest
 DRAWS = 4
 RECALL = 0.95
 LADDERS: dict[str, tuple[str, ...]] = {  # the most promising first: where time runs out, the last are left out
@@ -143,31 +140,6 @@ def operating_point(ladder: tuple[str, ...], model: LoadedModel, bank: list[Draw
     return method, f"{note}; no setting tried reaches a recall of {RECALL}"
 
 
-def served_rows(
-    engines: tuple[PrefillEngine, PrefillEngine], store: SegmentStore, ids: list[int], specs: list[str], n: int
-) -> list[Row]:
-    """Dense by the first engine and each spec by the second, in turn, n times after a first that is not counted."""
-    dense = prefill_methods.create("dense", {})
-    methods = {spec: MethodChoice(*parse_spec(spec)) for spec in specs}
-    control: list[float] = []
-    found: dict[str, list[float]] = {spec: [] for spec in specs}
-    results: dict[str, PrefillResult] = {}
-    for turn in range(n + 1):
-        seconds, _ = seconds_of(engines[0], store, ids, dense, 1, 0)
-        control += seconds if turn else []
-        for spec, method in methods.items():
-            seconds, results[spec] = seconds_of(engines[1], store, ids, method, 1, 0)
-            found[spec] += seconds if turn else []
-    rows = []
-    for spec, seconds in found.items():
-        result, name = results[spec], f"ttft_served/{len(ids) - 1}/{spec}"
-        recall = "" if result.recall is None else f", recall {result.recall:.3f}"
-        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result.passes.items()))
-        rows.append(row(name, seconds, "s", "dense, cuDNN", control, f"density {result.density:.3f}{recall}; passes: {reasons}"))
-        print(f"  {name} {rows[-1].value:.4f} s, {rows[-1].ratio:.3f} of dense; {rows[-1].note}", flush=True)
-    return rows
-
-
 def seconds_of(
     engine: PrefillEngine, store: SegmentStore, ids: list[int], method: Any, n: int, warm: int = 1
 ) -> tuple[list[float], PrefillResult]:
@@ -189,8 +161,6 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(LADDERS))
     parser.add_argument("--lengths", default="32768,131072,65536")
     parser.add_argument("--chunk", type=int, default=0, help="tokens that a method plans at a time (0 = as served)")
-    parser.add_argument("--served", default="recall:recall=0.95,xattention", help="methods measured as served; none = empty")
-    parser.add_argument("--served-lengths", default="1024,2048,4096,8192,16384,32768,65536,131072")
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
@@ -201,8 +171,8 @@ def main() -> None:
     rows: list[Row] = []
     dense = prefill_methods.create("dense", {})
     generator = torch.Generator().manual_seed(1)
-    # Each method runs in every layer, also where dense is faster; dense reads the prompt in one piece, which is its fastest.
-    config = PrefillConfig(chunk_tokens=0, sparse_chunk_tokens=options.chunk, break_even=False)
+    # each method runs in every layer, also where dense is faster
+    config = PrefillConfig(chunk_tokens=ONE_PIECE, sparse_chunk_tokens=options.chunk, break_even=False)
     with PrefillEngine(model, store, config) as engine:
         for n in (4_096, 8_192):  # kernels are compiled for one length, then for any
             seconds_of(engine, store, torch.randint(0, spec.vocab_size, (n + 1,), generator=generator).tolist(), dense, 0)
@@ -216,9 +186,9 @@ def main() -> None:
             own_end = time.monotonic() + left * n / sum(lengths[i:])  # each length gets time by its size
             ids = torch.randint(0, spec.vocab_size, (n + 1,), generator=generator).tolist()
             bank = draws(n)
-            repeats, warm = (2, 0) if i else (3, 1)  # at the first length kernels are compiled and clocks go up
+            repeats = 2 if i else 3
             with structured(model.decoder, bank):
-                control, _ = seconds_of(engine, store, ids, dense, repeats, warm)
+                control, _ = seconds_of(engine, store, ids, dense, repeats)
                 print(f"{n}: dense {[round(x, 3) for x in control]} s", flush=True)
                 skipped = []
                 for name in names:
@@ -230,7 +200,7 @@ def main() -> None:
                         method, note = operating_point(
                             LADDERS[name], model, bank, sparse_chunk_tokens(config, model.decoder.device)
                         )
-                        seconds, result = seconds_of(engine, store, ids, method, repeats, warm)
+                        seconds, result = seconds_of(engine, store, ids, method, repeats)
                     except Exception as error:  # one method that fails ends itself only
                         rows.append(failed(at, f"{type(error).__name__}: {error}"))
                         print(f"  {name} failed: {error}", flush=True)
@@ -245,17 +215,6 @@ def main() -> None:
             del bank
             if not options.no_write:
                 quietly_write(rows, "ttft_h100.json")
-        specs = [spec for spec in options.served.split(",") if spec]
-        with PrefillEngine(model, store, PrefillConfig()) as served:
-            for n in (int(x) for x in options.served_lengths.split(",") if specs):
-                if time.monotonic() > end:
-                    rows.append(without_time(f"ttft_served/{n}", specs, specs))
-                    continue
-                ids = torch.randint(0, spec.vocab_size, (n + 1,), generator=generator).tolist()
-                with structured(model.decoder, draws(n)):
-                    rows += served_rows((engine, served), store, ids, specs, 15 if n < 16_384 else 4 if n < 65_536 else 2)
-                if not options.no_write:
-                    quietly_write(rows, "ttft_h100.json")
     store.check()
     store.close()
 

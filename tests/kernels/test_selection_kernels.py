@@ -9,7 +9,7 @@ from torch import Tensor
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.kernels import kernel_module, row_choice, tile_lists, tile_scores
 from winnow.workers.attention.tiles import TileLists
-from winnow.workers.prefill import scoring
+from winnow.workers.prefill import quality, scoring
 from winnow.workers.prefill.methods import xattention
 from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 from winnow.workers.prefill.methods.recall import tile_mass
@@ -123,6 +123,21 @@ def test_sampled_rows_have_their_exact_tile_mass_and_largest_logits(device: str,
     logits.masked_fill_(torch.arange(m) > (rows + (m - n))[:, None], -torch.inf)
     assert top is not None
     torch.testing.assert_close(top.cpu(), scoring.pool_max(logits, 32), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("n", "m"), CASES)
+def test_the_share_of_the_mass_that_was_read_is_measured_alike(
+    device: str, n: int, m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = qk(n, m, device)
+    cpu_q, cpu_k, layer = on_cpu(q, k)
+    rows = torch.tensor([0, 1, n // 2, n - 1])
+    lse = torch.randn(2, 4, n, generator=torch.Generator().manual_seed(0)) + torch.arange(m - n, m).add(1).log() - 1
+    expected = quality.kept_shares(cpu_q, cpu_k, lse, layer, rows)
+    assert float(expected.min()) < 0.2 and float(expected.max()) > 0.5, "worth comparing"
+    monkeypatch.setattr(quality, "score_kernels", lambda q, layer: tile_scores)
+    found = quality.kept_shares(q, k, lse.to(device), layer, rows.to(device))
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=2e-3)
 
 
 def test_shares_of_many_tiles_are_summed_alike(device: str) -> None:

@@ -1,13 +1,13 @@
 """Whether a layer runs by its method or dense: whatever is predicted to be faster, selection included.
 
 The choice depends on the tokens up to a chunk's end, the method and the kind of device alone, never on other requests or on a
-clock: the same chunk after the same tokens gives the same KV. It waits for no device: on an accelerator a plan's density is
-known one step later.
+clock: the same chunk after the same tokens gives the same KV. On an accelerator a plan's density travels to the host beside the
+work, and is looked at a fixed number of layers later, when it is there: nothing is waited for, and the device never runs dry.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size
 
+LAG = 8  # passes from a plan on an accelerator to the first choice that knows its density; so far the host may run ahead
 ALLOWANCE = 0.03  # of what dense attention would have taken so far: what may be lost in finding out that sparse does not pay
 # Where nobody measured the method on the device:
 _LEAST_KEYS = 8192
@@ -27,9 +28,23 @@ SPARSE_REASONS = ("pays", "trial", "unmeasured")
 DENSE_REASONS = ("too_short", "no_gain", "too_dense")  # not tried for either reason, and dropped after selection
 
 
+class _Read:
+    """A number on its way from an accelerator."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def wait(self) -> float:
+        self._arrived.synchronize()
+        return float(self._value)
+
+
 @dataclass(eq=False)
 class BreakEven:
-    """The choices of one prompt, chunk by chunk. Ask `tries` before a method plans, `takes` after; `settle` between two steps.
+    """The choices of one prompt, chunk by chunk. Ask `tries` before a method plans and `takes` after; `begin_chunk` before each
+    chunk.
 
     A layer is tried when the method is predicted to pay at the density that is expected: the mean of the layers' so far in this
     chunk, else the usual one of the method at this length. Else it is tried when what that may lose fits the allowance: 3 % of
@@ -53,7 +68,8 @@ class BreakEven:
     _dense_ms: float = 0.0
     _lost_ms: float = 0.0
     _is_trial: bool = False
-    _pending: list[tuple[Size, Tensor]] = field(default_factory=list)
+    _passes: int = 0  # of this chunk
+    _on_the_way: deque[tuple[int, Size, _Read]] = field(default_factory=deque)  # and the pass they belong to
 
     @property
     def _costs(self) -> tuple[DeviceCosts, MethodCosts] | None:
@@ -63,15 +79,16 @@ class BreakEven:
     def begin_chunk(self) -> None:
         """Forget what earlier chunks were like. Counts stay."""
         self._densities.clear()
+        self._on_the_way.clear()
+        self._passes = 0
         self._dense_ms = self._lost_ms = 0.0
-
-    @property
-    def is_waiting(self) -> bool:
-        """True while a density is on the device that `settle` would read."""
-        return bool(self._pending)
 
     def tries(self, layer: LayerSpec, rows: int, keys: int, device: torch.device) -> bool:
         """Whether the method shall plan this pass."""
+        self._passes += 1
+        while self._on_the_way and self._on_the_way[0][0] <= self._passes - LAG:
+            _, size, density = self._on_the_way.popleft()
+            self._note(size, density.wait(), may_drop=False)
         reason = self._why_not(layer, Size.of(layer, rows, keys), device)
         if reason:
             self.counts[reason] += 1
@@ -110,17 +127,9 @@ class BreakEven:
                 self.counts["too_dense"] += 1
                 return False
         else:
-            self._pending.append((size, share))
+            self._on_the_way.append((self._passes, size, _Read(share)))
         self.counts["unmeasured" if self._costs is None else "trial" if self._is_trial else "pays"] += 1
         return True
-
-    def settle(self) -> None:
-        """Learn the densities of what has run meanwhile. Waits for the device if it has not."""
-        if not self._pending:
-            return
-        for (size, _), density in zip(self._pending, torch.stack([p[1] for p in self._pending]).tolist(), strict=True):
-            self._note(size, density, may_drop=False)
-        self._pending.clear()
 
     def _note(self, size: Size, density: float, *, may_drop: bool) -> bool:
         """Remember a plan's density and what was lost by it; whether running it is faster than dense."""

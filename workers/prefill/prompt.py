@@ -16,8 +16,6 @@ from winnow.workers.prefill.backend import PrefillBackend, Tally, sample_positio
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.break_even import BreakEven
 
-_LAYERS_BETWEEN_READS = 8  # of densities, on an accelerator: each read costs about the launches of one layer
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -95,11 +93,11 @@ def forward_steps(
     Args:
         ids: tokens whose KV the segment shall hold.
         n_samples: query vectors to keep in the segment's sample, spread over the computed tokens.
-        break_even: of this prompt, see `PrefillBackend`; told between steps what their plans held. It begins anew with each
-            chunk, so that a chunk's KV is the same whether those before it were computed or taken from the cache.
+        break_even: of this prompt, see `PrefillBackend`. It begins anew with each chunk, so that a chunk's KV is the same
+            whether those before it were computed or taken from the cache.
         measure_rows: rows of each layer and pass on which the recall of a method's plan is measured; 0 = not measured.
-        by_layer: a step is one layer of a pass. Else it is a pass, or 8 layers of one where densities of plans are to be read:
-            on an accelerator a chunk is quick, and waiting after each layer is not.
+        by_layer: a step is one layer of a pass, else a pass: on an accelerator a chunk is quick, and waiting after each layer
+            is not.
 
     Yields:
         Work done in this step, in token-layers.
@@ -116,20 +114,10 @@ def forward_steps(
             break_even.begin_chunk()
         backend = PrefillBackend(segment, start, one.method, tally, one.planned, rows, measure_rows, break_even)
         positions = torch.arange(start, end, device=decoder.device)
-        booked = 0
         for layer in decoder.iter_forward(tokens[start:end], positions, backend):
-            reads = (layer + 1) % _LAYERS_BETWEEN_READS == 0 and break_even is not None and break_even.is_waiting
-            if layer + 1 < n_layers and (by_layer or reads):
-                yield (end - start) * (layer + 1 - booked)
-                booked = layer + 1
-                _settle(tally, break_even)
+            if by_layer and layer + 1 < n_layers:
+                yield end - start
+                tally.settle()
         segment.advance(ids[start:end])
-        yield (end - start) * (n_layers - booked)
-        _settle(tally, break_even)
-
-
-def _settle(tally: Tally, break_even: BreakEven | None) -> None:
-    """Read what a step has left on the device. The engine has waited for it by now."""
-    tally.settle()
-    if break_even is not None:
-        break_even.settle()
+        yield (end - start) * (1 if by_layer else n_layers)
+        tally.settle()  # the engine has waited for the device by now

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
-from winnow.workers.prefill.scoring import SLAB_BYTES, logits_of, on_device
+from winnow.workers.prefill.scoring import SLAB_BYTES, logits_of, on_device, score_kernels
 
 _ROWS_PER_SAMPLE = 1024  # one row in so many is looked at: 1/1024 of the arithmetic of dense attention
 _LEAST_ROWS = 2  # in a shorter pass; a prompt has many layers and passes, each with rows of its own
@@ -39,11 +39,16 @@ def kept_shares(q: Tensor, k: Tensor, lse: Tensor, layer: LayerSpec, rows: Tenso
         q: [B, Hq, N, D]. k: [B, Hkv, M, D]. lse: [B, Hq, N] float32, of the attention computed. rows: int64, rows of q.
 
     Returns:
-        [B, Hq, rows] float32 in 0..1. Cost: O(Hq rows M D), float32. Holds at most about `SLAB_BYTES` of logits at once.
+        [B, Hq, rows] float32 in 0..1. Cost: O(Hq rows M D), products in float32 or, on CUDA, as attention's own. Holds at most
+        about `SLAB_BYTES` of logits at once.
     """
     batch, hq, n, d = q.shape
     hkv, m = k.shape[1], k.shape[2]
     group = hq // hkv
+    fast = score_kernels(q, layer)
+    if fast is not None:
+        tiles, _ = fast.tile_lse(q.index_select(2, rows), k, rows + (m - n + 1), scale=layer.scale, block=128)
+        return (lse.index_select(2, rows) - tiles.logsumexp(-1)).exp().clamp(max=1.0)
     future = torch.arange(m, device=k.device) > (rows + (m - n))[:, None]
     width = max(1, int(SLAB_BYTES / (8 * batch * group * rows.numel() * m + 4 * batch * m * d)))
     found = []

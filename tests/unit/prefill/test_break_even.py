@@ -17,7 +17,8 @@ import torch
 
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.break_even import ALLOWANCE, BreakEven, dense_share
+from winnow.workers.prefill import break_even
+from winnow.workers.prefill.break_even import ALLOWANCE, LAG, BreakEven, dense_share
 from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size, costs_of, device_kind
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -199,7 +200,6 @@ def run(choice: BreakEven, densities: dict[tuple[int, int], float], n: int, chun
             taken = tried and choice.takes(layer(idx), plan)
             total += weight * cost(plan if taken else None, tried, n, m)
             dense += weight
-        choice.settle()
     return total, dense
 
 
@@ -257,19 +257,33 @@ def test_a_method_that_leaves_a_layer_dense_by_itself_counts_as_neither() -> Non
     assert (choice.counts, dense_share(choice.counts)) == (Counter(method=1), 0.0)
 
 
-def test_on_an_accelerator_a_density_is_learnt_between_steps_and_its_loss_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan on the meta device cannot be read: anything that waited for it would raise."""
+def test_on_an_accelerator_a_density_is_known_a_fixed_number_of_layers_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan on the meta device cannot be read: anything that looked at it before it has arrived would raise."""
     read = plan_of(1024, 1024, 1.0)
     monkeypatch.setitem(vars(read), "kept_pairs", torch.empty(1, 1, dtype=torch.int64, device="meta"))
+    waited: list[int] = []
+
+    class Arriving:
+        def __init__(self, value: torch.Tensor) -> None:
+            assert value.device.type == "meta"
+
+        def wait(self) -> float:
+            waited.append(choice._passes)
+            return 1.0
+
+    monkeypatch.setattr(break_even, "_Read", Arriving)
     cuda = torch.device("cuda")
     choice = BreakEven(COSTS, "x")
-    assert choice.tries(layer(0), 1024, 1024, cuda) and choice.takes(layer(0), read)
-    assert choice.tries(layer(1), 1024, 1024, cuda), "nothing is known yet: what is usual"
-    assert choice.is_waiting
-    choice._pending = [(size, torch.tensor(1.0)) for size, _ in choice._pending]
-    choice.settle()
-    assert not choice.tries(layer(0), 1024, 2048, cuda) and not choice.tries(layer(1), 1024, 2048, cuda)
+    for idx in range(LAG):
+        assert choice.tries(layer(idx), 1024, 1024, cuda) and choice.takes(layer(idx), read), "what is usual"
+    assert not waited
+    assert not choice.tries(layer(LAG), 1024, 1024, cuda), "the first layer was dense"
+    assert waited == [LAG + 1]
     assert choice._lost_ms == pytest.approx(0.15 * COSTS.dense_ms(Size(1024, 1024, 4, 32)))
+    choice.begin_chunk()
+    for idx in range(LAG + 1):
+        assert choice.tries(layer(idx), 1024, 2048, cuda), "what was on its way belonged to the chunk before"
+    assert waited == [LAG + 1]
 
 
 @pytest.mark.parametrize("device", [None, COSTS], ids=["device", "method"])
