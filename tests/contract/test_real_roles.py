@@ -150,7 +150,7 @@ async def test_a_sparse_prefill_says_how_much_attention_mass_it_kept(pipeline: A
 @pytest.mark.timeout(60)
 async def test_recall_as_the_knob_is_reached_and_reported(pipeline: Any) -> None:
     process, gateway, client = pipeline
-    found = {r: (await client.complete(TEXT, max_tokens=1, recall=r, prefill="recall:block=32,stride=8", no_cache=True)).usage
+    found = {r: (await client.complete(TEXT, max_tokens=1, recall=r, prefill="recall:block=32,every=8", no_cache=True)).usage
              for r in (0.7, 0.9, 1.0)}  # fmt: skip
     for wanted, usage in found.items():
         assert usage.prefill_recall is not None and usage.prefill_recall >= wanted - 0.1  # of four rows
@@ -178,7 +178,7 @@ async def test_a_method_that_would_not_pay_runs_dense_and_is_counted(config: Win
 
 @pytest.mark.promise("R20")
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("method", [SPARSE, "prism:block=32,threshold=0.5", "recall:block=32,stride=8,recall=0.7"])
+@pytest.mark.parametrize("method", [SPARSE, "prism:block=32,threshold=0.5", "recall:block=32,every=8,recall=0.7"])
 async def test_kv_of_a_method_that_is_not_prefix_safe_serves_that_prompt_and_method_alone(method: str, pipeline: Any) -> None:
     """Every answer that could be made from it is compared, to the last bit of its scores, with one made without a cache."""
     process, gateway, client = pipeline
@@ -212,7 +212,7 @@ async def test_kv_of_a_method_that_is_not_prefix_safe_serves_that_prompt_and_met
 
 @pytest.mark.promise("R20")
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("method", [SPARSE, "prism:block=32,threshold=0.5", "recall:block=32,stride=8,recall=0.7"])
+@pytest.mark.parametrize("method", [SPARSE, "prism:block=32,threshold=0.5", "recall:block=32,every=8,recall=0.7"])
 async def test_whole_chunks_of_a_sparse_method_are_reused_and_answer_as_a_cold_run(method: str, pipeline: Any) -> None:
     process, gateway, client = pipeline
     config = process._parts.prefill.config

@@ -10,7 +10,7 @@ from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.kernels import kernel_module, row_choice, tile_lists, tile_scores
 from winnow.workers.attention.tiles import TileLists
 from winnow.workers.prefill import quality, scoring
-from winnow.workers.prefill.methods import xattention
+from winnow.workers.prefill.methods import recall, xattention
 from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 from winnow.workers.prefill.methods.recall import tile_mass
 from winnow.workers.prefill.methods.xattention import XAttention
@@ -79,25 +79,25 @@ def test_the_same_shares_are_kept_as_by_sorting(device: str, columns: int, tied:
 
 
 @pytest.mark.parametrize(("n", "m"), CASES)
-@pytest.mark.parametrize(("stride", "every"), [(8, 1), (4, 1), (1, 8), (16, 2), (32, 1), (2, 4)])
+@pytest.mark.parametrize("stride", [1, 4, 8, 32])
 @pytest.mark.parametrize("slab", [1, 1 << 30])
 def test_antidiagonal_shares_equal_the_plain_ones(
-    device: str, n: int, m: int, stride: int, every: int, slab: int, monkeypatch: pytest.MonkeyPatch
+    device: str, n: int, m: int, stride: int, slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k = qk(n, m, device)
     method, (cpu_q, cpu_k, layer) = XAttention(stride=stride, block=32), on_cpu(q, k)
-    expected = method.tile_shares(cpu_q, cpu_k, layer, every)
+    expected = method.tile_shares(cpu_q, cpu_k, layer)
     monkeypatch.setattr(scoring, "SLAB_BYTES", slab)
     monkeypatch.setattr(xattention, "score_kernels", lambda q, layer: tile_scores)
-    torch.testing.assert_close(method.tile_shares(q, k, layer, every).cpu(), expected, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(method.tile_shares(q, k, layer).cpu(), expected, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize(("n", "m"), [(96, 160), (70, 97)])
-@pytest.mark.parametrize(("stride", "every"), [(4, 2), (1, 4), (8, 4)])
-def test_shares_of_some_cells_equal_their_definition(n: int, m: int, stride: int, every: int) -> None:
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_shares_of_cells_equal_their_definition(n: int, m: int, stride: int) -> None:
     q, k, layer = on_cpu(*qk(n, m, "cpu", batch=1, hq=1, hkv=1))
     expected = torch.zeros(-(-n // 32), -(-m // 32))
-    for first in range(0, n, stride * every):
+    for first in range(0, n, stride):
         rows = range(first, min(first + stride, n))
         seen = (rows[-1] + 1 + m - n) // stride
         logits = torch.zeros(seen)
@@ -106,8 +106,22 @@ def test_shares_of_some_cells_equal_their_definition(n: int, m: int, stride: int
                 logits[cell] += q[0, 0, row] @ k[0, 0, cell * stride + stride - 1 - (row - first)] * layer.scale / len(rows)
         weights = torch.nn.functional.pad(torch.softmax(logits, -1), (0, -(-m // 32) * (32 // stride) - seen))
         expected[first // 32] += weights.view(-1, 32 // stride).sum(-1)
-    found = XAttention(stride=stride, block=32).tile_shares(q, k, layer, every)[0, 0]
+    found = XAttention(stride=stride, block=32).tile_shares(q, k, layer)[0, 0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "m"), CASES)
+@pytest.mark.parametrize("every", [1, 8, 32])
+@pytest.mark.parametrize("slab", [1, 1 << 30])
+def test_shares_of_exact_rows_equal_the_plain_ones(
+    device: str, n: int, m: int, every: int, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = qk(n, m, device)
+    cpu_q, cpu_k, layer = on_cpu(q, k)
+    expected = recall.tile_shares(cpu_q, cpu_k, layer, 32, every, 3)
+    monkeypatch.setattr(recall, "SLAB_BYTES", slab)
+    monkeypatch.setattr(recall, "score_kernels", lambda q, layer: tile_scores)
+    torch.testing.assert_close(recall.tile_shares(q, k, layer, 32, every, 3).cpu(), expected, atol=1e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize(("n", "m"), CASES)

@@ -90,8 +90,8 @@ METHODS = (
     ),
     Row(
         "recall",
-        params={"block": 32, "stride": 8, "recall": 0.7, "rows": 32},
-        dense_limits=({"recall": 1.0, "block": 32}, {"block": 32, "stride": 8, "recall": 0.9999999, "confidence": 1e3}),
+        params={"block": 32, "every": 8, "recall": 0.7, "rows": 32},
+        dense_limits=({"recall": 1.0, "block": 32}, {"block": 32, "every": 8, "recall": 0.9999999, "confidence": 1e3}),
     ),
     Row(
         "flashprefill",

@@ -163,7 +163,7 @@ def test_kv_of_an_approximate_method_is_not_given_to_dense_requests_though_prefi
 @pytest.mark.promise("R20")
 @pytest.mark.parametrize(
     "method",
-    [SPARSE, Recall(recall=0.7, stride=8, block=32), FlashPrefill(block=32, sink_tiles=1, window_tiles=1, alpha=0.7), Tail()],
+    [SPARSE, Recall(recall=0.7, block=32, every=8), FlashPrefill(block=32, sink_tiles=1, window_tiles=1, alpha=0.7), Tail()],
     ids=lambda m: m.name,
 )
 def test_whole_chunks_of_a_sparse_method_serve_every_prompt_that_begins_with_them(rig: MakeRig, method: PrefillMethod) -> None:

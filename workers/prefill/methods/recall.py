@@ -12,7 +12,6 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.methods.xattention import XAttention
 from winnow.workers.prefill.quality import sample_rows
 from winnow.workers.prefill.scoring import SLAB_BYTES, diagonal_tiles, keep_share, logits_of, on_device, pool_sum, score_kernels
 
@@ -23,10 +22,12 @@ _TRIED = (0.0, *(1.0 - 2.0 ** (-step / 4) for step in range(1, 45)), 1.0)
 @prefill_methods.register("recall")
 @dataclass(frozen=True)
 class Recall(PrefillMethod):
-    """Choose tiles by antidiagonal scores, and how many of them by the exact attention of a few sampled rows.
+    """Choose tiles by the exact attention of one row in 32, and how many of them by that of a few others.
 
-    A scorer's share of *its* mass says little about the attention mass its tiles hold, and how little differs by head, layer
-    and text; that is why published methods carry thresholds for each model. Here a head's threshold is the smallest tried one
+    A tile's score is the mean share of attention mass that the scored rows of its query tile give it: unbiased, and for rows that
+    mostly agree a better guide than sums of pooled or antidiagonal products, which see keys through their neighbours. A scorer's
+    share of *its* mass still says little about the mass of rows it did not look at, and how little differs by head, layer and
+    text; that is why published methods carry thresholds for each model. Here a head's threshold is the smallest tried one
     whose tiles hold, on rows drawn evenly at random over the prompt,
 
         mean_i R_i - z * std(R_i) / sqrt(rows) >= recall,   R_i = sum of the exact probabilities of row i on kept tiles
@@ -34,20 +35,18 @@ class Recall(PrefillMethod):
     The rows are a stratified sample, so mean_i R_i estimates the mean over all rows without bias for every threshold tried;
     the subtracted error makes up for choosing the threshold by the same rows. A head for which no threshold will do is dense.
 
-    Source: own design; scores as in `xattention`. Forced are column 0, the own tiles and those just before them: for the first
-    rows of a tile the words before them lie there, which a mean over the tile's rows hides. The sample makes the plan depend on
-    all of the rows, so it is not prefix-safe. Layers with a sliding window shorter than the keys, and prompts of up to two
-    tiles, are left dense.
+    Source: own design. Forced are column 0, the own tiles and those just before them: for the first rows of a tile the words
+    before them lie there, which a mean over the tile's rows hides. The samples make the plan depend on all of the rows, so it
+    is not prefix-safe. Layers with a sliding window shorter than the keys, and prompts of up to two tiles, are left dense.
 
     Attributes:
         recall: share of each head's attention mass to keep, mean over its rows, in (0, 1]; 1 keeps everything.
         rows: rows sampled, 8 or more; their exact attention is what control costs.
         confidence: z, standard errors that the estimate must lie above `recall`; 0 or more.
-        stride, block: of the scorer.
+        block: rows and keys of a tile, a power of two up to 128.
+        every: one row in so many scores its tile, a power of two up to 128; one a tile at least.
         window_tiles: tiles before the own ones that are forced, 0 or more.
-        every: the scorer looks at one in so many cells of `stride` rows, a power of two; at one a tile at least. A small stride
-            tells keys apart, and a tile's rows mostly agree: both together find more for less than a large stride and all rows.
-        seed: of the sample.
+        seed: of the samples.
     """
 
     caps = Capabilities(
@@ -60,10 +59,9 @@ class Recall(PrefillMethod):
     recall: float = 0.99
     rows: int = 64
     confidence: float = 1.0
-    stride: int = 4
     block: int = 128
+    every: int = 32
     window_tiles: int = 1
-    every: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,29 +73,26 @@ class Recall(PrefillMethod):
             raise InvalidRequest(f"recall: confidence must be 0 or more standard errors, got {self.confidence}")
         if self.window_tiles < 0:
             raise InvalidRequest(f"recall: window_tiles must be 0 or more, got {self.window_tiles}; 1 is the default")
-        self._scorer  # noqa: B018 - refuses stride and block that do not fit
-        if self.every < 1 or self.every & (self.every - 1):
-            raise InvalidRequest(f"recall: every must be a power of two, got {self.every}; 1 looks at all rows")
-
-    @property
-    def _scorer(self) -> XAttention:
-        return XAttention(stride=self.stride, block=self.block)
+        for name in ("block", "every"):
+            value = getattr(self, name)
+            if not 1 <= value <= 128 or value & (value - 1):
+                raise InvalidRequest(f"recall: {name} must be a power of two up to 128, got {value}")
 
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
-        """Per query head: the scorer's tiles up to the head's own threshold. See the class.
+        """Per query head: the tiles of the largest scores up to the head's own threshold. See the class.
 
-        Cost: the scorer's, and O(Hq rows M D) for the sample: rows / N of dense attention. Mutates nothing.
+        Cost: O(Hq N M D / every) for the scores and O(Hq rows M D) for the sample: 1 / every + rows / N of dense attention's
+        logits. Mutates nothing.
         """
         n, m, b = q.shape[2], k.shape[2], self.block
         if self.recall >= 1.0 or m <= 2 * b or 0 < layer.window < m:
             return None
-        shares = self._scorer.tile_shares(q, k, layer, min(self.every, b // self.stride))  # [B, Hq, nQ, nK]
-        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
+        shares = tile_shares(q, k, layer, b, min(self.every, b), self.seed)
         forced = diagonal_tiles(n, m, b, b, q.device)
         for _ in range(self.window_tiles):
             forced[:, :-1] |= forced[:, 1:].clone()
         forced[:, 0] = True
-        sampled = sample_rows(n, self.rows, self.seed, q.device)
+        sampled = sample_rows(n, self.rows, self.seed + 1, q.device)  # others than those that score
         mass = tile_mass(q, k, layer, sampled, b)  # [B, Hq, rows, nK]
         share = self._threshold(shares[:, :, sampled // b], forced[sampled // b], mass)
         wanted = share.unsqueeze(-1) - (shares * forced).sum(-1)
@@ -122,6 +117,41 @@ class Recall(PrefillMethod):
         enough = recalls.mean(2) - self.confidence * error >= self.recall
         enough[..., -1] = True
         return tried[enough.int().argmax(-1)]
+
+
+def scored_rows(n: int, every: int, seed: int, device: torch.device) -> Tensor:
+    """Rows, int64, ascending: one drawn evenly from each `every` rows, the last of which may be fewer. Drawn on the CPU."""
+    first = torch.arange(0, n, every)
+    drawn = torch.rand(first.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return on_device(first + (drawn * (n - first).clamp(max=every)).long(), device)
+
+
+def tile_shares(q: Tensor, k: Tensor, layer: LayerSpec, block: int, every: int, seed: int) -> Tensor:
+    """Mean exact attention mass that some rows of each query tile give to each key tile.
+
+    Args:
+        q: [B, Hq, N, D]. k: [B, Hkv, M, D]. every: one row in so many is looked at; divides block.
+
+    Returns:
+        [B, Hq, ceil(N / block), ceil(M / block)] float32; each row sums to 1. Holds at most about `SLAB_BYTES` at once besides.
+    """
+    batch, hq, n, _ = q.shape
+    hkv, m = k.shape[1], k.shape[2]
+    rows, per_tile, n_q, n_k = scored_rows(n, every, seed, q.device), block // every, -(-n // block), -(-m // block)
+    fast, group = score_kernels(q, layer), hq // hkv
+    width = max(1, int(SLAB_BYTES / (4 * batch * group * rows.numel() * n_k)))
+    found = []
+    for first in range(0, hkv, width):
+        keys, picked = k[:, first : first + width], q[:, first * group : (first + width) * group]
+        if fast is not None:
+            lse, _ = fast.tile_lse(picked[:, :, rows], keys, rows + (m - n + 1), scale=layer.scale, block=block)
+            found.append(fast.sum_shares(lse, per_tile))
+        else:
+            mass = tile_mass(picked, keys, layer, rows, block)
+            mass = torch.nn.functional.pad(mass, (0, 0, 0, n_q * per_tile - rows.numel()))
+            found.append(mass.unflatten(2, (n_q, per_tile)).sum(3))
+    shares = torch.cat(found, 1)
+    return shares / shares.sum(-1, keepdim=True)
 
 
 def tile_mass(q: Tensor, k: Tensor, layer: LayerSpec, rows: Tensor, block: int) -> Tensor:

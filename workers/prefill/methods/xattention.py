@@ -82,12 +82,8 @@ class XAttention(PrefillMethod):
         mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced
         return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
 
-    def tile_shares(self, q: Tensor, k: Tensor, layer: LayerSpec, every: int = 1) -> Tensor:
-        """[B, Hq, nQ, nK] float32: mass of each tile, summed over the cells of its rows.
-
-        Args:
-            every: look at one in so many cells of rows, the first of each tile among them; divides block / stride.
-        """
+    def tile_shares(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
+        """[B, Hq, nQ, nK] float32: mass of each tile, summed over the cells of its rows."""
         b, size = self.block, self.stride
         batch, hq, n, d = q.shape
         hkv, m = k.shape[1], k.shape[2]
@@ -96,7 +92,7 @@ class XAttention(PrefillMethod):
         cells_k = keys.unflatten(2, (-1, size)).flatten(3)  # [B, Hkv, nK per_tile, S D]; a view of whole tiles of cached keys
         shares = torch.zeros(batch, hq, -(-n // b), -(-m // b), device=q.device)
         fast = score_kernels(q, layer)
-        cell_bytes = (8.0 if fast is None else 2.0 + 4 / per_tile) / (size**2 * every)
+        cell_bytes = (8.0 if fast is None else 2.0 + 4 / per_tile) / size**2
         for heads, first, end in slabs(hkv, n, m, b, cell_bytes * batch * group, 2048 if fast is None else 8192):
             width = -(-(end + past) // b) * per_tile
             own_heads = slice(heads.start * group, heads.stop * group)
@@ -106,21 +102,21 @@ class XAttention(PrefillMethod):
                 if end % size:  # the last cell has fewer rows to average over
                     rows[:, :, end // size * size - first :] *= size / (end % size)
             # Reversed are the rows, of which there may be fewer than keys and which are copied anyway.
-            cells_q = rows.unflatten(2, (-1, every, size))[:, :, :, 0].flip(3)  # [B, heads, cells, S, D]
+            cells_q = rows.unflatten(2, (-1, size)).flip(3)  # [B, heads, cells, S, D]
             n_cells = cells_q.shape[2]
             cells_q = cells_q.contiguous().view(batch, -1, group * n_cells, size * d)
             logits = quick_logits(cells_q, cells_k[:, heads, :width], layer, 1 / size).view(batch, -1, n_cells, width)
             # keys of cells that end at or before a cell's last row: all but those of a band on the right
-            start = torch.arange(first, first + n_cells * every * size, every * size, device=q.device)
+            start = torch.arange(first, first + n_cells * size, size, device=q.device)
             seen = (torch.clamp(start + size, max=n) + past) // size
             place = (slice(None), own_heads, slice(first // b, -(-end // b)), slice(width // per_tile))
             if fast is not None:
                 lse = fast.cell_lse(logits, torch.where(start < end, seen, 0), per_tile)
-                shares[place] = fast.sum_shares(lse, per_tile // every)
+                shares[place] = fast.sum_shares(lse, per_tile)
                 continue
             band = (min(first + size, n) + past) // size
             logits[..., band:].masked_fill_(torch.arange(band, width, device=q.device) >= seen[:, None], -torch.inf)
             weights = torch.softmax(logits, -1, dtype=torch.float32)
             weights.masked_fill_((start >= end)[:, None], 0.0)  # cells beyond the last row
-            shares[place] = weights.unflatten(2, (-1, per_tile // every)).unflatten(4, (-1, per_tile)).sum((3, 5))
+            shares[place] = weights.unflatten(2, (-1, per_tile)).unflatten(4, (-1, per_tile)).sum((3, 5))
         return shares
