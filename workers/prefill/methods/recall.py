@@ -19,6 +19,9 @@ from winnow.workers.prefill.scoring import SLAB_BYTES, diagonal_tiles, keep_shar
 _TRIED = (0.0, *(1.0 - 2.0 ** (-step / 4) for step in range(1, 45)), 1.0)
 
 
+_CACHE_BYTES = 4 << 20  # of logits at once on a CPU: larger tensors are new memory each time, whose pages cost more than the work
+
+
 @prefill_methods.register("recall")
 @dataclass(frozen=True)
 class Recall(PrefillMethod):
@@ -158,24 +161,27 @@ def tile_mass(q: Tensor, k: Tensor, layer: LayerSpec, rows: Tensor, block: int) 
     """Exact attention mass of some rows on each key tile.
 
     Args:
-        q: [B, Hq, N, D]. k: [B, Hkv, M, D]. rows: int64, which rows of q.
+        q: [B, Hq, N, D]. k: [B, Hkv, M, D]. rows: int64, ascending: which rows of q.
 
     Returns:
-        [B, Hq, rows, ceil(M / block)] float32; each row sums to 1. Holds at most about `SLAB_BYTES` of probabilities at once.
+        [B, Hq, rows, ceil(M / block)] float32; each row sums to 1. Holds at most about `SLAB_BYTES` of probabilities at once,
+        on a CPU what fits its cache.
     """
     batch, hq, n, d = q.shape
     hkv, m = k.shape[1], k.shape[2]
-    group = hq // hkv
     fast = score_kernels(q, layer)
     if fast is not None:
         lse, _ = fast.tile_lse(q[:, :, rows], k, rows + (m - n + 1), scale=layer.scale, block=block)
         return torch.softmax(lse, -1)
-    future = torch.arange(m, device=k.device) > (rows + (m - n))[:, None]
-    width = max(1, int(SLAB_BYTES / (12 * batch * group * rows.numel() * m)))
-    found = []
-    for first in range(0, hkv, width):
-        keys = k[:, first : first + width]
-        picked = q[:, first * group : (first + width) * group, rows].reshape(batch, keys.shape[1], -1, d)
-        logits = logits_of(picked, keys, layer).view(batch, -1, rows.numel(), m)
-        found.append(pool_sum(torch.softmax(logits.masked_fill_(future, -torch.inf), -1), block))
-    return torch.cat(found, 1)
+    keys, past, is_cpu = k.float(), m - n, k.device.type == "cpu"
+    mass = torch.zeros(batch, hq, rows.numel(), -(-m // block), device=k.device)
+    step = max(1, int((_CACHE_BYTES if is_cpu else SLAB_BYTES) / (8 * batch * hq * m)))
+    for start in range(0, rows.numel(), step):
+        part = rows[start : start + step]
+        # keys that all of these rows see, and those that some do; on an accelerator the host does not know
+        low, upto = (int(part[0]) + past + 1, min(m, -(-(int(part[-1]) + past + 1) // block) * block)) if is_cpu else (0, m)
+        picked = q[:, :, part].reshape(batch, hkv, -1, d)
+        logits = logits_of(picked, keys[:, :, :upto], layer).view(batch, hq, -1, upto)
+        logits[..., low:].masked_fill_(torch.arange(low, upto, device=k.device) > (part + past)[:, None], -torch.inf)
+        mass[:, :, start : start + step, : -(-upto // block)] = pool_sum(torch.softmax(logits, -1), block)
+    return mass
