@@ -243,6 +243,7 @@ def cases(lengths: list[int], capture: Path | None, config: Path | None) -> Iter
     """Name and maker of every case, the most wanted first: where time runs out, the last are left out."""
     wanted = [(n, "model-like") for n in (131_072, 32_768, 8_192)] + [(32_768, f"S{i}") for i in (2, 3, 4, 7)]
     wanted += [(n, "model-like") for n in (65_536, 16_384)] + [(131_072, "S7"), (8_192, "S7"), (32_768, "S5"), (32_768, "S6")]
+    wanted += [(n, f"S{i}") for n in (131_072, 8_192) for i in (2, 3, 4, 5, 6)]
     wanted += [(n, "model-like") for n in lengths if n not in {size for size, _ in wanted}]
     for i, (n, workload) in enumerate(wanted):
         if i == 3 and capture is not None:

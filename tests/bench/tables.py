@@ -28,38 +28,71 @@ class View(NamedTuple):
 
 _RATE = "TFLOP/s on kept pairs over those of the dense control"
 NOT_SHOWN = {"break_even_cpu_bfloat16", "break_even_cpu_float32"}  # what workers/prefill/costs.json is fitted to
-VIEWS = {
-    "executor_h100": View(r"(\w+)/(.+)", r"\2", r"\1", f"keys / density / tile or window; {_RATE}"),
-    "executor_cpu": View(r"\w+/(.+)", r"\1", "time over dense", "keys / density / tile / lists"),
-    "prefill_h100": View(
-        r"prefill/131072/model-like/([^/]+)/(selection_ms|attention_ms|density|recall)",
-        r"\1",
-        r"\2",
-        "131,072 keys of the workload `model-like`; times over cuDNN dense attention. `dhsa-v1`, `duoattention` and "
-        "`seerattention` run with random parameters here: their times mean something, their recall does not",
-        ("density", "recall"),
+VIEWS: dict[str, tuple[View, ...]] = {
+    "executor_h100": (View(r"(\w+)/(.+)", r"\2", r"\1", f"keys / density / tile or window; {_RATE}"),),
+    "executor_cpu": (View(r"\w+/(.+)", r"\1", "time over dense", "keys / density / tile / lists"),),
+    "stored_h100": (
+        View(
+            r"stored/(.+)/([^/]+)",
+            r"\1",
+            r"\2",
+            "keys / density; TFLOP/s on kept pairs over those of contiguous bfloat16 in the kernel for Hopper, of `pack` over "
+            "one sequence after another",
+        ),
     ),
-    "ttft_cpu": View(
-        r"ttft/(\d+)/(.+)",
-        r"\2",
-        r"\1",
-        "a real text in the default model, end to end, by tokens; time over dense: as served, in one piece, and with the method "
-        "in every layer, whether that pays or not",
+    "prefill_h100": (
+        View(
+            r"prefill/131072/model-like/([^/]+)/(selection_ms|attention_ms|density|recall)",
+            r"\1",
+            r"\2",
+            "131,072 keys of the workload `model-like`; times over cuDNN dense attention. `dhsa-v1`, `duoattention` and "
+            "`seerattention` run with random parameters here: their times mean something, their recall does not",
+            ("density", "recall"),
+        ),
+        View(
+            r"prefill/32768/(S[2347])/([^/]+)/(recall|density)",
+            r"\2",
+            r"\3 \1",
+            "32,768 keys of each workload: verticals (S2), slashes (S3), segments (S4), a mixture by head (S7); S5 and S6 hold "
+            "noise that nothing sparse can keep",
+            ("density", "recall"),
+        ),
+        View(
+            r"prefill/captured-8064/layer(\d+)/([^/]+)/(recall|density)",
+            r"\2",
+            r"\3 layer \1",
+            "two layers of the default model on 8,064 tokens of real text; the last four lines with what was learnt for it",
+            ("density", "recall"),
+        ),
     ),
-    "quality": View(
-        r"quality/(2048|4096)/([^/]+)/(score|recall|density)",
-        r"\2",
-        r"\3 \1",
-        "score over dense, recall, density, by length, as served (chunks of 2,048 tokens, the last 128 dense). `recall` at .95, "
-        ".98 and .99: 27 prompts at 2,048 and 15 at 4,096; the others one to three, too few to tell them apart by score",
-        ("recall", "density"),
+    "ttft_cpu": (
+        View(
+            r"ttft/(\d+)/(.+)",
+            r"\2",
+            r"\1",
+            "a real text in the default model, end to end, by tokens; time over dense: as served, in one piece, and with the "
+            "method in every layer, whether that pays or not",
+        ),
     ),
-    "quality_4096": View(
-        r"quality/4096/([^/]+)/(score|perplexity|density)",
-        r"\1",
-        r"\2",
-        "more prompts of 4,096 tokens, in bf16: score and perplexity over dense, density; 29 prompts and 5 texts",
-        ("density",),
+    "ttft_served_h100": (
+        View(
+            r"ttft_served/(\d+)/(.+)",
+            r"\2",
+            r"\1",
+            "an 8B-shaped model, end to end, by tokens; time over dense in one piece",
+        ),
+    ),
+    "quality": (
+        View(
+            r"quality/(2048|4096|8064)/([^/]+)/(score|recall|density)",
+            r"\2",
+            r"\3 \1",
+            "score over dense, recall, density, by length, in chunks of 2,048 tokens, the last 128 of a prompt dense. 103 "
+            "prompts at 2,048 and at 4,096 tokens (standard error .01 to .03), mostly 42 at 8,064 (.03 to .06) for `dhsa`, "
+            "`sale`, `seerattention`, `recall`, its .95 and .98, and the last variant of the methods that have several; 17 and 2 "
+            "for the rest, too few to tell them apart",
+            ("recall", "density"),
+        ),
     ),
 }  # fmt: skip
 
@@ -94,7 +127,7 @@ def markdown(files: dict[str, Any]) -> str:
 def _one(name: str, data: Any) -> str:
     title = f"**{name}** · {data.machine} · {data.date[:10]} · commit `{data.commit}` · `{data.command}`"
     if name in VIEWS:
-        return _grid(title, VIEWS[name], data)
+        return "\n\n".join((title, *(_grid(view, data) for view in VIEWS[name])))
     lines = [
         title,
         "",
@@ -108,16 +141,20 @@ def _one(name: str, data: Any) -> str:
     return "\n".join(lines)
 
 
-def _grid(title: str, view: View, data: Any) -> str:
+def _grid(view: View, data: Any) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in data.rows:
         if found := re.fullmatch(view.pattern, row.name):
             column = found.expand(view.column)
             value = row.value if column.startswith(view.values or ("\0",)) else row.ratio
             cells.setdefault(found.expand(view.line), {})[column] = number(value)
-    title = f"{title}\n\n{view.what[0].upper()}{view.what[1:]}."
     columns = list(dict.fromkeys(column for line in cells.values() for column in line))
-    lines = [title, "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        f"{view.what[0].upper()}{view.what[1:]}.",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for name, line in cells.items():
         lines.append(f"| {name} | " + " | ".join(line.get(column, "") for column in columns) + " |")
     return "\n".join(lines)

@@ -24,6 +24,11 @@ _BUCKETS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*f
 _WIDE = {"num_warps": 8, "num_stages": 3}
 # what to build: module, kernel, types of pointers, constants, options
 CASES: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]] = {
+    "mass of tiles, many rows": (
+        "tile_scores", "tile_lse_kernel",
+        {"q_ptr": "*bf16", "k_ptr": "*bf16", "seen_ptr": "*i32", "lse_ptr": "*fp32", "top_ptr": "*fp32", "scale_log2": "fp32"},
+        {"D": 128, "BLOCK_R": 128, "BLOCK_C": 128, "STEP": 64, "PER_TILE": 128, "TOP": False}, {"num_warps": 8},
+    ),
     "key codes": (
         "codes", "key_codes_kernel",
         {"k_ptr": "*bf16", "shift_ptr": "*fp32", "codes_ptr": "*i8", "scales_ptr": "*fp32", "top": "fp32"},

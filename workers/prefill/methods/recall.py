@@ -18,7 +18,6 @@ from winnow.workers.prefill.scoring import SLAB_BYTES, diagonal_tiles, keep_shar
 # Shares of a scorer's own mass that are tried, from its forced tiles alone to everything: finer where little is left out.
 _TRIED = (0.0, *(1.0 - 2.0 ** (-step / 4) for step in range(1, 45)), 1.0)
 
-
 _CACHE_BYTES = 4 << 20  # of logits at once on a CPU: larger tensors are new memory each time, whose pages cost more than the work
 
 
