@@ -2,7 +2,7 @@
 
 The choice depends on the tokens up to a chunk's end, the method and the kind of device alone, never on other requests or on a
 clock: the same chunk after the same tokens gives the same KV. On an accelerator a plan's density travels to the host beside the
-work, and is looked at a fixed number of layers later, when it is there: nothing is waited for, and the device never runs dry.
+work and is looked at a fixed number of layers later, so that the host stays ahead and the device never runs dry.
 """
 
 from __future__ import annotations

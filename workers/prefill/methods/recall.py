@@ -13,7 +13,15 @@ from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.quality import sample_rows
-from winnow.workers.prefill.scoring import SLAB_BYTES, diagonal_tiles, keep_share, logits_of, on_device, pool_sum, score_kernels
+from winnow.workers.prefill.scoring import (
+    SLAB_BYTES,
+    diagonal_tiles,
+    keep_share,
+    on_device,
+    pool_sum,
+    quick_logits,
+    score_kernels,
+)
 
 # Shares of a scorer's own mass that are tried, from its forced tiles alone to everything: finer where little is left out.
 _TRIED = (0.0, *(1.0 - 2.0 ** (-step / 4) for step in range(1, 45)), 1.0)
@@ -172,15 +180,15 @@ def tile_mass(q: Tensor, k: Tensor, layer: LayerSpec, rows: Tensor, block: int) 
     if fast is not None:
         lse, _ = fast.tile_lse(q[:, :, rows], k, rows + (m - n + 1), scale=layer.scale, block=block)
         return torch.softmax(lse, -1)
-    keys, past, is_cpu = k.float(), m - n, k.device.type == "cpu"
+    past, is_cpu = m - n, k.device.type == "cpu"
     mass = torch.zeros(batch, hq, rows.numel(), -(-m // block), device=k.device)
-    step = max(1, int((_CACHE_BYTES if is_cpu else SLAB_BYTES) / (8 * batch * hq * m)))
+    step = max(1, int((_CACHE_BYTES if is_cpu else SLAB_BYTES) / ((q.element_size() + 4) * batch * hq * m)))
     for start in range(0, rows.numel(), step):
         part = rows[start : start + step]
         # keys that all of these rows see, and those that some do; on an accelerator the host does not know
         low, upto = (int(part[0]) + past + 1, min(m, -(-(int(part[-1]) + past + 1) // block) * block)) if is_cpu else (0, m)
         picked = q[:, :, part].reshape(batch, hkv, -1, d)
-        logits = logits_of(picked, keys[:, :, :upto], layer).view(batch, hq, -1, upto)
+        logits = quick_logits(picked, k[:, :, :upto], layer).view(batch, hq, -1, upto)
         logits[..., low:].masked_fill_(torch.arange(low, upto, device=k.device) > (part + past)[:, None], -torch.inf)
-        mass[:, :, start : start + step, : -(-upto // block)] = pool_sum(torch.softmax(logits, -1), block)
+        mass[:, :, start : start + step, : -(-upto // block)] = pool_sum(torch.softmax(logits, -1, dtype=torch.float32), block)
     return mass
