@@ -22,8 +22,8 @@ LAG = 8  # passes from a plan on an accelerator to the first choice that knows i
 # Of what dense attention would have taken so far: what may be lost in finding out that sparse does not pay. Half of the 3 % that
 # are promised, for what predictions are off.
 ALLOWANCE = 0.015
-# Of dense attention's time: what sparse must be predicted to stay below on a CPU. Predictions there are off by up to a quarter, and a
-# gain of less than a tenth is not worth the risk.
+# Of dense attention's time: what sparse must be predicted to stay below on a CPU. Predictions there are off by up to a quarter,
+# and a gain of less than a tenth is not worth the risk.
 _PAYS_BELOW = 0.9
 # Where nobody measured the method on the device:
 _LEAST_KEYS = 8192
