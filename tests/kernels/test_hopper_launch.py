@@ -37,4 +37,4 @@ def test_64_row_tiles_are_paired_only_where_heads_share_keys_and_list() -> None:
 def test_nothing_is_taken_on_a_cpu() -> None:
     x = torch.zeros(1, 1, 128, 64, dtype=torch.float16)
     plan = TilePlan.dense(batch=1, mask_heads=1, n_rows=128, n_keys=128)
-    assert not takes(plan, x, scale=1.0)
+    assert not takes(plan, x, torch.empty_like(x), scale=1.0)
