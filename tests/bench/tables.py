@@ -74,6 +74,16 @@ VIEWS: dict[str, tuple[View, ...]] = {
             "method in every layer, whether that pays or not",
         ),
     ),
+    "quality_cpu": (
+        View(
+            r"quality/2048/([^/]+)/(score|perplexity|density)",
+            r"\1",
+            r"\2",
+            "2,048 tokens on a CPU, with the scorer that `recall` has now: score and perplexity over dense, density; 50 prompts "
+            "(standard error .03 and .05) and 10 texts",
+            ("density",),
+        ),
+    ),
     "ttft_served_h100": (
         View(
             r"ttft_served/(\d+)/(.+)",
