@@ -71,7 +71,7 @@ class PrefillConfig(_Part):
     method: str = Field("dense", description="Default method, name or name:key=value,...")
     chunk_tokens: int = Field(2048, ge=0, description="Tokens of a chunk; 0 = the whole prompt at once")
     sparse_chunk_tokens: int = Field(
-        0, ge=0, description="Tokens that a sparse method plans at a time and whose KV is reused; 0 = 2048 on a CPU, else 16384"
+        0, ge=0, description="Tokens that a sparse method plans at a time and whose KV is reused; 0 = 4096 on a CPU, else 16384"
     )
     dense_tail_tokens: int = Field(
         128, ge=0, description="Last tokens of a prompt that stay dense under a sparse method: the question is there"

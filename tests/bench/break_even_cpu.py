@@ -45,7 +45,7 @@ LAYER = LayerSpec(0, 9, 3, 64, 64**-0.5)
 CONTROL = "dense (torch's fused CPU attention)"
 SPECS = (
     "flexprefill", "xattention", "prism", "flashprefill",
-    "recall:recall=0.98", "recall:recall=0.9", "proxyattn", "dhsa", "hyperattention", "powerattention", "neighborhood",
+    "recall", "recall:recall=0.95", "recall:recall=0.9", "proxyattn", "dhsa", "hyperattention", "powerattention", "neighborhood",
     "minference:vertical_tokens=500,slash_tokens=500",
 )  # fmt: skip
 TEXT_LAYERS = (6, 20)

@@ -33,6 +33,8 @@ from paths import ensure_importable
 
 ensure_importable()
 
+from winnow.registry import parse_spec
+from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.costs import FILE, Coefficients, DeviceCosts, MethodCosts, Size
 
 RESULTS = Path(__file__).parent / "results"
@@ -144,15 +146,29 @@ def fit_device(cells: Sequence[Cell]) -> DeviceCosts:
     return DeviceCosts(dense, methods)
 
 
-def usual_densities(method: str, cells: Sequence[Cell]) -> tuple[tuple[int, float], ...]:
-    """Of the method as it comes on the structured workload (else on all of them), by length. Of a method whose default was not
-    measured the densest variant counts: expecting too little would try what does not pay."""
+def usual_densities(method: str, cells: Sequence[Cell]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """By parameters and length, medians on the structured workload (else on all of them). Where the method was not measured as it
+    comes, the densest stands for it: expecting too little would try what does not pay."""
     whole = [c for c in cells if c.size.rows == c.size.keys]
-    default = [c for c in whole if c.spec == method]
-    own = default or whole
-    own = next((found for kind in STRUCTURED if (found := [c for c in own if c.workload.startswith(kind)])), own)
-    typical = statistics.median if default else max
-    return tuple((keys, typical(c.density for c in own if c.size.keys == keys)) for keys in sorted({c.size.keys for c in own}))
+    own = next((found for kind in STRUCTURED if (found := [c for c in whole if c.workload.startswith(kind)])), whole)
+    by_params: dict[str, list[Cell]] = {}
+    for c in own:
+        by_params.setdefault(changed_params(c.spec), []).append(c)
+    typical = statistics.median if "" in by_params else max
+    by_params.setdefault("", own)
+    found = {}
+    for params, mine in sorted(by_params.items()):
+        lengths = sorted({c.size.keys for c in mine})
+        middle = typical if not params else statistics.median
+        found[params] = tuple((n, middle(c.density for c in mine if c.size.keys == n)) for n in lengths)
+    return found
+
+
+def changed_params(spec: str) -> str:
+    """The parameters that are not at their defaults, as `PrefillMethod.spec` has them."""
+    name, params = parse_spec(spec)
+    known = name in prefill_methods.names()
+    return (prefill_methods.create(name, params).spec if known else spec).partition(":")[2]
 
 
 def with_margin(costs: MethodCosts, dense: Coefficients, cells: Sequence[Cell]) -> MethodCosts:
@@ -185,7 +201,8 @@ def to_json(costs: DeviceCosts) -> dict[str, Any]:
     methods = {
         name: {"attention": short(m.attention), "selection": short(m.selection), "margin": m.margin,
                "least_pairs": float(f"{m.least_pairs:.6g}"),
-               "densities": [[keys, round(density, 4)] for keys, density in m.densities]}
+               "densities": {params: [[keys, round(density, 4)] for keys, density in found]
+                             for params, found in m.densities.items()}}
         for name, m in costs.methods.items()
     }  # fmt: skip
     return {"dense": short(costs.dense), "methods": methods}

@@ -5,7 +5,8 @@
 Model, prompts and structured attention are those of `ttft_h100.py`. The engine is configured as it comes: the predictor may
 leave layers dense, the end of a prompt is dense, chunks are as served and the recall is measured. Row
 `ttft_served/<N>/<method>`: seconds from submission to result; control: dense attention over the prompt in one piece, in the
-same run, in turn with the method. The note holds what the engine reports: density, recall, and why passes through a layer ran
+same run, in turn with the method, in one order and then in the other: prompts of a thousand tokens wait for the host, which is
+not equally fast in every minute. The note holds what the engine reports: density, recall, and why passes through a layer ran
 sparse or dense.
 """
 
@@ -38,21 +39,20 @@ from winnow.workers.prefill.worker import PrefillEngine
 
 def turns_of(n: int) -> int:
     """How often each runs after a first time that is not counted: long prompts take seconds and vary little."""
-    return 15 if n <= 8_192 else 4 if n <= 32_768 else 2
+    return 30 if n <= 2_048 else 16 if n <= 8_192 else 4 if n <= 32_768 else 2
 
 
 def measure(dense: PrefillEngine, served: PrefillEngine, store: SegmentStore, ids: list[int], specs: list[str]) -> list[Row]:
     """All methods at one length."""
     n = len(ids) - 1
-    control: list[float] = []
-    found: dict[str, list[float]] = {spec: [] for spec in specs}
+    found: dict[str, list[float]] = {spec: [] for spec in ("dense", *specs)}
     results: dict[str, PrefillResult] = {}
     for turn in range(turns_of(n) + 1):
-        seconds, _ = seconds_of(dense, store, ids, MethodChoice("dense"), 1, warm=0)
-        control += seconds if turn else []
-        for spec in specs:
-            seconds, results[spec] = seconds_of(served, store, ids, MethodChoice(*parse_spec(spec)), 1, warm=0)
+        for spec in found if turn % 2 else reversed(found):
+            engine = dense if spec == "dense" else served
+            seconds, results[spec] = seconds_of(engine, store, ids, MethodChoice(*parse_spec(spec)), 1, warm=0)
             found[spec] += seconds if turn else []
+    control = found.pop("dense")
     rows = []
     for spec, seconds in found.items():
         result = results[spec]

@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]
     "mass of tiles, many rows": (
         "tile_scores", "tile_lse_kernel",
         {"q_ptr": "*bf16", "k_ptr": "*bf16", "seen_ptr": "*i32", "lse_ptr": "*fp32", "top_ptr": "*fp32", "scale_log2": "fp32"},
-        {"D": 128, "BLOCK_R": 128, "BLOCK_C": 128, "STEP": 64, "PER_TILE": 128, "TOP": False}, {"num_warps": 8},
+        {"D": 128, "BLOCK_R": 128, "BLOCK_C": 128, "PER_TILE": 128, "TOP": False}, {"num_warps": 4, "num_stages": 2},
     ),
     "key codes": (
         "codes", "key_codes_kernel",

@@ -125,7 +125,11 @@ def test_shares_of_exact_rows_equal_the_plain_ones(
 
 
 @pytest.mark.parametrize(("n", "m"), CASES)
-def test_sampled_rows_have_their_exact_tile_mass_and_largest_logits(device: str, n: int, m: int) -> None:
+@pytest.mark.parametrize("programs", [1, 20, 1024])
+def test_sampled_rows_have_their_exact_tile_mass_and_largest_logits(
+    device: str, n: int, m: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_scores, "_PROGRAMS", programs)  # so one walks over all keys, over some or over 128 of them
     q, k = qk(n, m, device)
     cpu_q, cpu_k, layer = on_cpu(q, k)
     rows = torch.tensor([0, 1, n // 2, n - 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from torch import Tensor
 
 from winnow.registry import Capabilities, Registry, modules_in
+from winnow.types import MethodChoice
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.scoring import KeyTiles
@@ -35,6 +37,16 @@ class PrefillMethod(ABC):
             Unsupported: not calibrated for this model, or the model's shape does not fit.
         """
         return self
+
+    @property
+    def spec(self) -> str:
+        """As it is written on a command line: the name, and after a colon the parameters that are not at their defaults."""
+        changed = {}
+        for f in dataclasses.fields(self) if dataclasses.is_dataclass(self) else ():
+            value = getattr(self, f.name)
+            if f.init and value != f.default:
+                changed[f.name] = str(value).lower() if isinstance(value, bool) else str(value)
+        return MethodChoice(self.name, changed).spec
 
     @property
     def calibration_id(self) -> str:

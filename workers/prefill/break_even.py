@@ -52,8 +52,8 @@ class BreakEven:
     chunk.
 
     A layer is tried when the method is predicted to pay (on a CPU, by a tenth) at the density that is expected: the mean of the
-    layers' so far in this chunk, else the usual one of the method at this length. Else it is tried when what that may lose fits
-    the allowance: 1.5 % of dense attention's time so far in the chunk, less what has been lost already.
+    layers' so far in this chunk, else the usual one of the method with its parameters at this length. Else it is tried when
+    what that may lose fits the allowance: 1.5 % of dense attention's time so far in the chunk, less what has been lost already.
     On a CPU, where a plan's density is known at once, a plan that is too dense is dropped: only its selection is lost.
 
     Calls smaller than any that was measured are dense. A method that nobody measured on this kind of device is tried from 8192
@@ -61,7 +61,7 @@ class BreakEven:
 
     Attributes:
         device: what dense attention costs on it, and the method does; None = not measured.
-        method: registered name.
+        method: its `PrefillMethod.spec`.
         counts: passes through a layer by reason, one of `SPARSE_REASONS` or `DENSE_REASONS`, or "method" where the method
             itself left the layer dense. Mutated.
     """
@@ -78,7 +78,7 @@ class BreakEven:
 
     @property
     def _costs(self) -> tuple[DeviceCosts, MethodCosts] | None:
-        method = self.device.methods.get(self.method) if self.device is not None else None
+        method = self.device.methods.get(self.method.partition(":")[0]) if self.device is not None else None
         return (self.device, method) if self.device is not None and method is not None else None
 
     def begin_chunk(self) -> None:
@@ -110,7 +110,7 @@ class BreakEven:
         self._dense_ms += dense
         if not method.covers(size):
             return "too_short"
-        expected = self._expected(method.usual_density(size.keys))
+        expected = self._expected(method.usual_density(size.keys, self.method.partition(":")[2]))
         selection, attention = method.selection_ms(size), method.attention_ms(size, expected)
         self._is_trial = selection + attention > dense * (_PAYS_BELOW if device.type == "cpu" else 1.0)
         worst = selection if device.type == "cpu" else selection + max(0.0, method.attention_ms(size, 1.0) - dense)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,15 @@ class MethodCosts:
     Attributes:
         margin: factor on what is predicted, so that none of the measured cells for which it chooses sparse loses by it.
         least_pairs: those of the smallest call measured, in 1e9; of smaller ones nothing is known.
-        densities: (keys, density) as measured on the structured workload, keys ascending.
+        densities: (keys, density) as measured on the structured workload, keys ascending, by the parameters that were not at
+            their defaults, as `registry.parse_spec` reads them; "" = none, or where that was not measured, the densest.
     """
 
     attention: Coefficients
     selection: Coefficients
     margin: float
     least_pairs: float = 0.0
-    densities: tuple[tuple[int, float], ...] = ()
+    densities: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
     def covers(self, size: Size) -> bool:
         """Whether the call is as large as the smallest one measured. Smaller ones are mostly fixed costs, which fits miss."""
@@ -78,9 +79,10 @@ class MethodCosts:
     def selection_ms(self, size: Size) -> float:
         return self.margin * _dot(self.selection, size.selected())
 
-    def usual_density(self, keys: int) -> float:
+    def usual_density(self, keys: int, params: str = "") -> float:
         """That of the longest prompt measured that is no longer; 1 below all of them: shorter prompts are denser."""
-        return next((density for length, density in reversed(self.densities) if length <= keys), 1.0)
+        measured = self.densities.get(params) or self.densities.get("", ())
+        return next((density for length, density in reversed(measured) if length <= keys), 1.0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class DeviceCosts:
         methods = {
             name: MethodCosts(
                 _three(m["attention"]), _three(m["selection"]), float(m["margin"]), float(m["least_pairs"]),
-                tuple((int(keys), float(density)) for keys, density in m["densities"]),
+                {params: tuple((int(keys), float(share)) for keys, share in found) for params, found in m["densities"].items()},
             )
             for name, m in data["methods"].items()
         }  # fmt: skip

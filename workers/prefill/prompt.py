@@ -44,8 +44,8 @@ def cache_key(method: PrefillMethod) -> str:
 
 def sparse_chunk_tokens(config: PrefillConfig, device: torch.device) -> int:
     """Tokens that a sparse method plans at a time. Where the configuration leaves it open, on an accelerator more: choosing costs
-    much the same there for a chunk of any length, while on a CPU a chunk of 2,048 already takes seconds."""
-    return config.sparse_chunk_tokens or (2048 if device.type == "cpu" else 16384)
+    much the same there for a chunk of any length, while on a CPU a chunk of 4,096 already takes seconds."""
+    return config.sparse_chunk_tokens or (4096 if device.type == "cpu" else 16384)
 
 
 def planned_tokens(method: PrefillMethod, n: int, context: int, tail: int) -> int:

@@ -311,7 +311,7 @@ class PrefillEngine:
         """For one prompt; None where there is nothing to choose."""
         if method.caps.exact or not self.config.break_even:
             return None
-        return BreakEven(costs_of(self.model.decoder.device, self.model.decoder.dtype), method.name)
+        return BreakEven(costs_of(self.model.decoder.device, self.model.decoder.dtype), method.spec)
 
     def _end_cancelled(self, but: _Task | None = None) -> None:
         for task in self._scheduler.items():

@@ -222,7 +222,7 @@ def test_chunks_from_the_cache_change_no_later_choice_between_sparse_and_dense(
     size = Size(96, 96, 4, 16).attended(1.0)[0]
     costs = DeviceCosts((1.0 / size, 0.0, 0.0), {"tail": MethodCosts((1.05 / size, 0.0, 0.0), (0.2 / size, 0.0, 0.0), 1.0)})
     monkeypatch.setattr("winnow.workers.prefill.worker.costs_of", lambda device, dtype: costs)
-    monkeypatch.setattr(MethodCosts, "usual_density", lambda self, keys: 0.5)
+    monkeypatch.setattr(MethodCosts, "usual_density", lambda self, keys, params: 0.5)
     method, ids, others = Tail(recent=96), prompt(97), prompt(300, 1)
     first, longer = ids, ids[:96] + others
     warm, cold = (rig(sparse_chunk_tokens=96, break_even=True) for _ in range(2))

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from winnow.registry import parse_spec
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill import break_even
+from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.break_even import ALLOWANCE, LAG, BreakEven, dense_share
 from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size, costs_of, device_kind
 
@@ -109,6 +111,7 @@ def test_exact_formulas_are_found_again_and_nothing_is_left_lying(tmp_path: Path
         assert measured_over_dense(costs, c) == pytest.approx(min(1.0, (c.selection_ms + c.attention_ms) / c.dense_ms), rel=0.05)
     assert costs.methods["cheap"].usual_density(2047) == pytest.approx(0.05 + 900 / 1024)
     assert costs.methods["cheap"].usual_density(1000) == 1.0
+    assert costs.methods["cheap"].usual_density(2047, "size=2") == pytest.approx(0.05 + 900 / 1024)
     assert not costs.methods["cheap"].covers(Size(512, 1024, 32, 128)) and costs.methods["cheap"].covers(Size(512, 2048, 32, 128))
 
 
@@ -169,7 +172,8 @@ def test_this_machine_has_costs() -> None:
 
 LAYER = LayerSpec(0, 4, 2, 32, 0.2)
 # Dense costs 1 ms for a million pair-dimensions, a plan 5 % more for each it reads, and selection 10 % of dense on top.
-COSTS = DeviceCosts((1e3, 0.0, 0.0), {"x": MethodCosts((1050.0, 0.0, 0.0), (100.0, 0.0, 0.0), 1.0, 0.0, ((1024, 0.4),))})
+USUAL = {"": ((1024, 0.4),), "size=9": ((1024, 0.9),)}
+COSTS = DeviceCosts((1e3, 0.0, 0.0), {"x": MethodCosts((1050.0, 0.0, 0.0), (100.0, 0.0, 0.0), 1.0, 0.0, USUAL)})
 
 
 def plan_of(n: int, m: int, density: float) -> TilePlan:
@@ -237,6 +241,17 @@ def test_what_is_expected_comes_from_the_layers_before_and_at_first_from_the_mea
     choice.begin_chunk()
     assert choice.tries(layer(0), 1024, 2048, CPU), "another chunk is another text"
     assert choice.counts == Counter(no_gain=2, too_dense=1)
+    assert BreakEven(COSTS, "x:size=7").tries(layer(0), 1024, 1024, CPU), "not measured with this, taken as it usually is"
+    assert not BreakEven(COSTS, "x:size=9").tries(layer(0), 1024, 1024, CPU), "denser with this parameter"
+
+
+def test_parameters_are_named_alike_where_they_are_measured_and_where_they_are_served() -> None:
+    for spec in ("recall:recall=0.95", "recall:recall=0.990", "flashprefill:correction=true", "sale:tau=4e-3"):
+        name, params = parse_spec(spec)
+        assert fitting.changed_params(spec) == prefill_methods.create(name, params).spec.partition(":")[2]
+    assert fitting.changed_params("recall:recall=0.990") == "", "the default"
+    assert fitting.changed_params("minference:vertical_tokens=1000,slash_tokens=800") == "slash_tokens=800"
+    assert fitting.changed_params("of another package:a=1") == "a=1"
 
 
 def test_a_layer_that_was_too_dense_is_tried_again_once_the_allowance_is_there() -> None:

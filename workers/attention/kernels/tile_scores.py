@@ -14,59 +14,76 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
+_PROGRAMS = 1024  # few rows are divided by keys until there are about so many: some for each processor of a large GPU
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "rows", "tiles", "splits", "steps"])  # else new lengths would be compiled anew
 def tile_lse_kernel(
     q_ptr, k_ptr, seen_ptr, lse_ptr, top_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    m, rows, tiles, row_blocks, heads, group, scale_log2,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr, PER_TILE: tl.constexpr, TOP: tl.constexpr,
+    m, rows, tiles, splits, steps, heads, group, scale_log2,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PER_TILE: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """lse[h, r, J] = ln sum over keys j of tile J, j < seen[r], of exp(scale q_r . k_j), and with TOP the largest logit.
 
-    One program: BLOCK_R rows by BLOCK_C keys, PER_TILE of them a tile.
-    Grid: (column blocks * row blocks, B * Hq), rows in bands of 8 blocks so that keys are read from the cache.
-    Numerics: products in the inputs' dtype, sums in float32.
+    One program: BLOCK_R rows, which stay on the chip, and `steps` times BLOCK_C keys, PER_TILE of them a tile; only where some
+    of the rows see only some of the keys are logits masked. Grid: (row blocks * splits, B * Hq), from the last rows, which see
+    most. Numerics: products in the inputs' dtype, sums in float32.
     """
-    columns = tl.cdiv(tiles * PER_TILE, BLOCK_C)
-    pid = tl.program_id(0)
-    band = pid // (8 * columns)
-    band_rows = tl.minimum(row_blocks - band * 8, 8)
-    row_block = band * 8 + (pid % (8 * columns)) % band_rows
-    column_block = (pid % (8 * columns)) // band_rows
+    T: tl.constexpr = BLOCK_C // PER_TILE
+    row_block = tl.num_programs(0) // splits - 1 - tl.program_id(0) // splits
+    low = (tl.program_id(0) % splits) * steps * BLOCK_C
+    high = tl.minimum(low + steps * BLOCK_C, tiles * PER_TILE)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    key = column_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    seen = tl.load(seen_ptr + row, mask=row < rows, other=0)
-    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    if column_block * BLOCK_C < tl.max(seen, 0):
-        q_at = q_ptr + batch * stride_qb + head * stride_qh + row[:, None].to(tl.int64) * stride_qn
-        k_at = k_ptr + batch * stride_kb + (head // group) * stride_kh + key[:, None].to(tl.int64) * stride_kn
-        for first in range(0, D, STEP):
-            d = first + tl.arange(0, STEP)[None, :]
-            q = tl.load(q_at + d, mask=(row < rows)[:, None], other=0.0)
-            k = tl.load(k_at + d, mask=(key < m)[:, None], other=0.0)
-            acc = tl.dot(q, tl.trans(k), acc, input_precision="ieee")
-    logits = tl.where(key[None, :] < seen[:, None], acc * scale_log2, float("-inf"))
-    T: tl.constexpr = BLOCK_C // PER_TILE
-    found, top = _by_tile(tl.reshape(logits, (BLOCK_R, T, PER_TILE)))
-    tile = column_block * T + tl.arange(0, T)
+    row, d = row_block * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, D)
+    is_row = row < rows
+    seen = tl.load(seen_ptr + row, mask=is_row, other=0)
+    q_at = q_ptr + batch * stride_qb + head * stride_qh + row[:, None].to(tl.int64) * stride_qn + d[None, :]
+    q = tl.load(q_at, mask=is_row[:, None], other=0.0)
+    k_at = k_ptr + batch * stride_kb + (head // group) * stride_kh + d[None, :]
+    tile = tl.arange(0, T)
     at = (tl.program_id(1).to(tl.int64) * rows + row[:, None]) * tiles + tile[None, :]
-    inside = (row < rows)[:, None] & (tile < tiles)[None, :]
-    tl.store(lse_ptr + at, found, mask=inside)
-    if TOP:
-        tl.store(top_ptr + at, top * 0.6931471805599453, mask=inside)
+    by_all = tl.minimum(tl.min(tl.where(is_row, seen, m), 0), high)
+    whole = tl.maximum(low, low + (by_all - low) // BLOCK_C * BLOCK_C)  # keys from low up to here are seen by all rows
+    some = tl.minimum(tl.max(seen, 0), high)
+    for key0 in range(low, whole, BLOCK_C):
+        k = tl.load(k_at + (key0 + tl.arange(0, BLOCK_C))[:, None].to(tl.int64) * stride_kn)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        found, top = _by_tile(tl.reshape(logits, (BLOCK_R, T, PER_TILE)), scale_log2, True)
+        tl.store(lse_ptr + at + key0 // PER_TILE, found * 0.6931471805599453, mask=is_row[:, None])
+        if TOP:
+            tl.store(top_ptr + at + key0 // PER_TILE, top * 0.6931471805599453, mask=is_row[:, None])
+    for key0 in range(whole, some, BLOCK_C):
+        key = key0 + tl.arange(0, BLOCK_C)
+        k = tl.load(k_at + key[:, None].to(tl.int64) * stride_kn, mask=(key < m)[:, None], other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = tl.where(key[None, :] < seen[:, None], logits, float("-inf"))
+        found, top = _by_tile(tl.reshape(logits, (BLOCK_R, T, PER_TILE)), scale_log2, False)
+        inside = is_row[:, None] & (key0 // PER_TILE + tile < tiles)[None, :]
+        tl.store(lse_ptr + at + key0 // PER_TILE, found * 0.6931471805599453, mask=inside)
+        if TOP:
+            tl.store(top_ptr + at + key0 // PER_TILE, top * 0.6931471805599453, mask=inside)
+    nothing = tl.full((BLOCK_R, T), float("-inf"), tl.float32)
+    for key0 in range(whole + tl.cdiv(tl.maximum(some - whole, 0), BLOCK_C) * BLOCK_C, high, BLOCK_C):
+        inside = is_row[:, None] & (key0 // PER_TILE + tile < tiles)[None, :]
+        tl.store(lse_ptr + at + key0 // PER_TILE, nothing, mask=inside)
+        if TOP:
+            tl.store(top_ptr + at + key0 // PER_TILE, nothing, mask=inside)
 
 
 @triton.jit
-def _by_tile(logits):
-    """Base-2 logits [rows, tiles, keys] -> their log-sum-exp, natural, -inf where none is seen; the largest, base 2."""
-    top = tl.max(logits, 2)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.math.exp2(logits - shift[:, :, None]), 2)
-    found = tl.where(total > 0.0, shift + tl.math.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
-    return found * 0.6931471805599453, top
+def _by_tile(logits, factor, SEEN: tl.constexpr):
+    """Logits [rows, tiles, keys] -> their log-sum-exp after multiplying by factor > 0, to base 2, -inf where none is seen; and
+    the largest of them. With SEEN all are seen.
+    """
+    top = tl.max(logits, 2) * factor
+    if SEEN:
+        found = top + tl.math.log2(tl.sum(tl.math.exp2(logits * factor - top[:, :, None]), 2))
+    else:
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(tl.math.exp2(logits * factor - shift[:, :, None]), 2)
+        found = tl.where(total > 0.0, shift + tl.math.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
+    return found, top
 
 
 def fits(q: Tensor, softcap: float = 0.0) -> bool:
@@ -90,12 +107,15 @@ def tile_lse(q: Tensor, k: Tensor, seen: Tensor, *, scale: float, block: int, to
     tiles = -(-m // block)
     lse = torch.empty(batch, hq, rows, tiles, dtype=torch.float32, device=q.device)
     largest = torch.empty_like(lse) if top else lse
-    block_r, block_c = min(128, max(16, triton.next_power_of_2(rows))), 128
+    block_r, block_c = min(64 if d > 128 else 128, max(16, triton.next_power_of_2(rows))), 128
     row_blocks, columns = triton.cdiv(rows, block_r), triton.cdiv(tiles * block, block_c)
-    tile_lse_kernel[(row_blocks * columns, batch * hq)](
+    steps = triton.cdiv(columns, max(1, min(columns, _PROGRAMS // (row_blocks * batch * hq))))
+    splits = triton.cdiv(columns, steps)
+    tile_lse_kernel[(row_blocks * splits, batch * hq)](
         q, k, seen.to(torch.int32), lse, largest, *q.stride()[:3], *k.stride()[:3],
-        m, rows, tiles, row_blocks, hq, hq // hkv, scale * _LOG2_E,
-        D=d, BLOCK_R=block_r, BLOCK_C=block_c, STEP=min(64, d), PER_TILE=block, TOP=top, num_warps=8 if block_r == 128 else 4,
+        m, rows, tiles, splits, steps, hq, hq // hkv, scale * _LOG2_E,
+        D=d, BLOCK_R=block_r, BLOCK_C=block_c, PER_TILE=block, TOP=top,
+        num_warps=4, num_stages=2 if d <= 128 else 1,
     )  # fmt: skip
     return lse, largest if top else None
 
@@ -110,12 +130,12 @@ def cell_lse_kernel(
     seen = tl.load(seen_ptr + row, mask=row < rows, other=0)
     at = (tl.program_id(2).to(tl.int64) * rows + row[:, None]) * width + cell[None, :]
     inside = cell[None, :] < tl.minimum(seen, width)[:, None]
-    logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+    logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
     T: tl.constexpr = BLOCK_C // PER_TILE
-    found, _ = _by_tile(tl.reshape(logits, (BLOCK_R, T, PER_TILE)))
+    found, _ = _by_tile(tl.reshape(logits, (BLOCK_R, T, PER_TILE)), 1.4426950408889634, False)
     tile = tl.program_id(0) * T + tl.arange(0, T)
     at = (tl.program_id(2).to(tl.int64) * rows + row[:, None]) * tiles + tile[None, :]
-    tl.store(lse_ptr + at, found, mask=(row < rows)[:, None] & (tile < tiles)[None, :])
+    tl.store(lse_ptr + at, found * 0.6931471805599453, mask=(row < rows)[:, None] & (tile < tiles)[None, :])
 
 
 def cell_lse(logits: Tensor, seen: Tensor, per_tile: int) -> Tensor:

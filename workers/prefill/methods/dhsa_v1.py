@@ -164,20 +164,20 @@ class DHSAv1(PrefillMethod):
         chunks = Chunks.between(self.borders(k, layer), self._most_borders(m) + 2)
         scores = chunks.scores(q, k, b)
         n_q = scores.shape[1]
-        ids = torch.zeros(q.shape[0], n_q, self.budget + 1, dtype=torch.int64, device=q.device)
+        ids = torch.zeros(q.shape[0], n_q, self.budget, dtype=torch.int32, device=q.device)
         count = torch.zeros(q.shape[0], n_q, dtype=torch.int64, device=q.device)
-        key = torch.arange(m, device=q.device)
-        for _, first, stop in slabs(1, n_q, m, 1, 40 * q.shape[0]):
+        key, slot = torch.arange(m, dtype=torch.int32, device=q.device), torch.arange(self.budget, device=q.device)
+        for _, first, stop in slabs(1, n_q, m, 1, 20 * q.shape[0]):
             last = (torch.arange(first + 1, stop + 1, device=q.device) * b).clamp(max=n) - 1 + (m - n)  # of each block
-            kept = self._tokens(scores[:, first:stop], last, chunks, key)
-            place = torch.where(kept, kept.cumsum(-1) - 1, self.budget)  # the last slot takes what is not kept
-            ids[:, first:stop].scatter_(-1, place, key.expand(place.shape))
-            count[:, first:stop] = kept.sum(-1)
-        valid = torch.arange(self.budget, device=q.device) < count.unsqueeze(-1)
+            chosen = TileLists.from_mask(self._tokens(scores[:, first:stop], last, chunks, key))
+            at = (chosen.offsets[:-1, None] + slot).clamp(max=chosen.ids.numel() - 1)
+            ids[:, first:stop] = chosen.ids[at].unflatten(0, (q.shape[0], -1))
+            count[:, first:stop] = chosen.counts().unflatten(0, (q.shape[0], -1))
+        valid = slot < count.unsqueeze(-1)
         mask = torch.zeros(q.shape[0], 1, n_q, -(-m // b), dtype=torch.bool, device=q.device)
         if self.instruction:
             mask[:, :, max(0, n - self.instruction) // b :] = True
-        columns = TileLists.from_ids(ids[..., :-1], valid)  # from_mask drops those in the blocks' own tiles
+        columns = TileLists.from_ids(ids, valid)  # from_mask drops those in the blocks' own tiles
         return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, token_columns=columns)
 
     def borders(self, k: Tensor, layer: LayerSpec) -> Tensor:
@@ -205,7 +205,7 @@ class DHSAv1(PrefillMethod):
         """[B, blocks, M] bool: the tokens that blocks read, `budget` of them at most.
 
         Args:
-            scores: [B, blocks, C]. last: [blocks], position of each block's last row. key: [M], 0 to M - 1.
+            scores: [B, blocks, C]. last: [blocks], position of each block's last row. key: [M] int32, 0 to M - 1.
         """
         end = last[:, None] + 1
         low, high = self.global_tokens, (end - self.local).clamp(min=0)  # what lies between is chosen from
@@ -217,9 +217,10 @@ class DHSAv1(PrefillMethod):
         before = ranked.cumsum(-1) - ranked
         take = torch.zeros_like(size).scatter_(-1, order, torch.minimum(ranked, (left - before).clamp(min=0)))
         of_key = chunks.of_key.unsqueeze(1).expand(-1, len(last), -1)  # [B, blocks, M]
-        offset = key - begin.expand_as(take).gather(-1, of_key)
-        chosen = (offset >= 0) & (offset < take.gather(-1, of_key))
-        return (chosen | (key < low) | (key >= high)) & (key < end)
+        low_key = begin.int().gather(-1, of_key[:, :1])  # the maps below are the cost of it all: half as many bytes
+        high_key = (begin + take).int().gather(-1, of_key)
+        chosen = (key >= low_key) & (key < high_key)
+        return (chosen | (key < low) | (key >= high.int())) & (key < end.int())
 
 
 @dataclass(frozen=True, eq=False)
