@@ -2,12 +2,16 @@
 
     s_ij = (row scale_i)(key scale_j)(code_i . code_j) + mean_I . k_j scale + offset_i,      tile (I, J) gives max over its pairs
 
-Codes are multiplied as 8-bit integers: the sum is exact, at most 2^22, Hopper does twice as many a second as of 16 bits, and
-keys cost half the traffic, which is what a kernel without a second product waits for. What the mean of a query tile makes of
-every key is one number for 64 rows: a product of its own, left in memory a slab at a time.
+Codes are multiplied as 8-bit numbers, of which Hopper does twice as many a second as of 16 bits, and keys cost half the traffic.
+Codes of up to 4 bits are whole numbers that float8 e4m3 holds, and their sum, at most 6272 for 128 dimensions, is exact in a
+product that comes out as float32: nothing is left to convert for every pair. Longer codes are multiplied as integers, whose sum
+is at most 2^22. What the mean of a query tile makes of every key is one number for 64 rows: a product of its own, left in memory
+a slab at a time.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -20,6 +24,12 @@ from winnow.workers.attention.kernels.tile_scores import fits
 __all__ = ["Known", "fits", "tile_maxima"]
 
 UNITS = 2  # query tiles that a program scores against the keys it loads
+FLOAT8_BITS = 4  # longest codes that float8 e4m3 holds exactly
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
 
 
 @triton.jit(do_not_specialize=["m", "first_unit", "slab_units", "units", "past"])  # else new lengths would be compiled anew
@@ -49,7 +59,7 @@ def mean_logits_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["first_unit", "slab_units", "units", "q_tiles", "k_tiles", "past"]
+    do_not_specialize=["first_unit", "slab_units", "units", "kv_heads", "first_head", "q_tiles", "k_tiles", "past"]
 )  # else new lengths would be compiled anew
 def code_scores_kernel(
     row_codes_ptr, row_scales_ptr, offsets_ptr, key_codes_ptr, key_scales_ptr, of_mean_ptr, limits_ptr, out_ptr,
@@ -59,14 +69,16 @@ def code_scores_kernel(
 ):  # fmt: skip
     """The tiles between sink and local window of UNITS units, over their keys: out[B, Hq, nQ, nK].
 
-    With VERDICTS out is bool and becomes true where the largest score exceeds the head's limit, else it stays what it was: no
-    warp waits for another. Otherwise out is float32 and gets the largest score.
+    With VERDICTS out is bool and becomes true where the largest score exceeds the head's limit, else it stays what it was: a
+    thread notes a bit a step and tile, and warps wait for each other once in 32 steps. Otherwise out is float32 and gets the
+    largest score.
 
     Rows are taken as (16-row groups, pairs 8 apart, 8) and keys as (tiles, 4, 4, pairs): as a thread of the matrix instruction
     holds them, 16 pairs of one scale each. Everything up to the maximum of those stays in a thread's registers.
 
     One program: 64 UNITS rows, keys BLOCK_C at a time up to the last unit's window. Grid: (slab_units / UNITS, B * Hkv of the
-    slab), units from the last, which see most. Reads D + 4 bytes of every key and 4 UNITS of `of_mean`.
+    slab), units from the last, which see most. Reads D + 4 bytes of every key and 4 UNITS of `of_mean`. Codes are float8 e4m3 or
+    int8; both give the same scores.
     """
     KT: tl.constexpr = BLOCK_C // 32
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -88,7 +100,7 @@ def code_scores_kernel(
     row, d = tl.arange(0, UNITS * 64), tl.arange(0, D)
     row_at = (kv * units + first_unit + block * UNITS) * 64 + row
     row_inside = block * UNITS * 64 + row < slab_units * 64
-    codes = tl.load(row_codes_ptr + row_at[:, None] * D + d[None, :], mask=row_inside[:, None], other=0)
+    codes = tl.load(row_codes_ptr + row_at[:, None] * D + d[None, :], mask=row_inside[:, None], other=0.0)
     row_scale = tl.load(row_scales_ptr + row_at, mask=row_inside, other=0.0)
     offset = tl.load(offsets_ptr + row_at, mask=row_inside, other=float("-inf"))
     offset = tl.reshape(offset, (UNITS, 4, 2, 8, 1, 1))
@@ -98,28 +110,47 @@ def code_scores_kernel(
     row_scale = row_scale[:, :, :, :, None, None, None, None]
 
     out_row = ((batch * all_heads * group + q_head) * q_tiles + unit // group) * k_tiles
-    for key0 in range(sink // BLOCK_C * BLOCK_C, tl.max(seen, 0), BLOCK_C):
+    means_ptr = of_mean_ptr + (tl.program_id(1).to(tl.int64) * slab_units + in_slab[:, None]) * width
+    keys_ptr, scales_ptr = key_codes_ptr + kv * coded * D, key_scales_ptr + kv * coded
+    of_key = tl.arange(0, BLOCK_C)
+    if not TOKEN_SCALES:  # the first of the 8 keys that share one
+        of_key = tl.arange(0, KT)[:, None] * 32 + tl.arange(0, 4)[None, :] * 2
+    end, steps = tl.max(seen, 0), 0
+    bits = tl.zeros((UNITS, 4, 8, KT, 4), tl.int32)  # of a thread's pairs, one for each of the last 32 steps
+    # with num_stages given here, all loads of the loop are fetched ahead, not only those that a product reads; those after
+    # the product come out of shared memory as its threads need them, and take no registers while it runs
+    for key0 in tl.range(sink // BLOCK_C * BLOCK_C, end, BLOCK_C, num_stages=3):
         key = key0 + tl.arange(0, BLOCK_C)
-        # before the product: after it, the compiler would move the scores into this load's layout, not this into theirs
-        mean_at = (tl.program_id(1).to(tl.int64) * slab_units + in_slab[:, None]) * width + key[None, :]
+        keys = tl.load(keys_ptr + key[:, None] * D + d[None, :])
+        if row_codes_ptr.dtype.element_ty == tl.int8:
+            product = tl.dot(codes, tl.trans(keys), out_dtype=tl.int32).to(tl.float32)
+        else:
+            product = tl.dot(codes, tl.trans(keys))
         of_mean = tl.load(
-            of_mean_ptr + mean_at, mask=(in_slab < slab_units)[:, None], other=0.0, eviction_policy="evict_first"
-        )  # fmt: skip
+            means_ptr + key[None, :], mask=(in_slab < slab_units)[:, None], other=0.0, eviction_policy="evict_first"
+        )
         of_mean = tl.reshape(of_mean, (UNITS, 1, 1, 1, KT, 4, 4, 2))
-        keys = tl.load(key_codes_ptr + (kv * coded + key[:, None]) * D + d[None, :])
-        product = tl.dot(codes, tl.trans(keys), out_dtype=tl.int32).to(tl.float32)
-        key_scale = tl.reshape(tl.load(key_scales_ptr + kv * coded + key), (KT, 4, 4, 2))
-        if not TOKEN_SCALES:
-            key_scale = tl.reshape(tl.max(tl.max(key_scale, 3), 1), (KT, 1, 4, 1))
-        scores = tl.reshape(product, (UNITS, 4, 2, 8, KT, 4, 4, 2)) * (row_scale * key_scale[None, None, None, None]) + of_mean
+        key_scale = tl.load(scales_ptr + key0 + of_key)
+        if TOKEN_SCALES:
+            key_scale = tl.reshape(key_scale, (1, 1, 1, 1, KT, 4, 4, 2))
+        else:
+            key_scale = tl.reshape(key_scale, (1, 1, 1, 1, KT, 1, 4, 1))
+        scores = tl.reshape(product, (UNITS, 4, 2, 8, KT, 4, 4, 2)) * (row_scale * key_scale) + of_mean
         best = tl.max(tl.max(tl.max(scores, 7), 5) + offset, 2)  # [UNITS, 4, 8, KT, 4]
         tile = key0 // 32 + tl.arange(0, KT)
         if VERDICTS:
-            tile = tile[None, None, None, :, None]
-            inside = (tile * 32 >= sink) & (tile * 32 < seen[:, None, None, None, None])
-            kept = inside & (best > limit[:, None, None, None, None])
-            at = out_row[:, None, None, None, None] + tl.broadcast_to(tile, best.shape)
-            tl.store(out_ptr + at, tl.full(best.shape, 1, tl.uint8), mask=kept)
+            bits = bits * 2 + (best > limit[:, None, None, None, None]).to(tl.int32)
+            steps += 1
+            if (steps == 32) | (key0 + BLOCK_C >= end):
+                word = tl.reduce(tl.reduce(tl.reduce(bits, 4, _either), 2, _either), 1, _either)  # [UNITS, KT]
+                back = tl.arange(0, 32)[None, :, None]
+                before = tile[None, None, :] - back * KT
+                inside = (back < steps) & (before * 32 >= sink) & (before * 32 < seen[:, None, None])
+                kept = inside & (((word[:, None, :] >> back) & 1) == 1)
+                at = out_row[:, None, None] + before
+                tl.store(out_ptr + at, tl.full((UNITS, 32, KT), 1, tl.uint8), mask=kept)
+                bits = tl.zeros((UNITS, 4, 8, KT, 4), tl.int32)
+                steps = 0
         else:
             largest = tl.max(tl.max(tl.max(best, 4), 2), 1)
             inside = (tile * 32 >= sink)[None, :] & (tile[None, :] * 32 < seen[:, None])
@@ -141,7 +172,7 @@ def tile_maxima(
         limits: [Hq] float32; inf = this head is not looked at.
         bits, token_scales: of the codes, see `codes.code_keys`. slab_bytes: most memory for what the means make of the keys.
 
-    Holds besides a byte per number of q and k. Does not wait for the device.
+    Holds besides a byte per number of q and k, two for a moment where bits is at most FLOAT8_BITS. Does not wait for the device.
     """
     batch, hq, n, d = q.shape
     hkv, m = k.shape[1], k.shape[2]
@@ -151,6 +182,9 @@ def tile_maxima(
         return
     keys = code_keys(k, shift, known.start(past + (tiles - 1) * BLOCK_Q), bits=bits, token_scales=token_scales)
     rows = code_rows(q, k, shift, known, scale=scale, bits=bits, token_scales=token_scales)
+    if bits <= FLOAT8_BITS:
+        keys = replace(keys, codes=keys.codes.to(torch.float8_e4m3fn))
+        rows = replace(rows, codes=rows.codes.to(torch.float8_e4m3fn))
     coded, units = keys.codes.shape[2], tiles * group
     flags = out if limits is None else out.view(torch.uint8)
     for heads, first, stop in slabs:
@@ -161,9 +195,9 @@ def tile_maxima(
         keys_here = k[:, heads]
         means = rows.means[:, heads]
         means = means if batch == 1 or wide == hkv else means.contiguous()
-        mean_logits_kernel[(width // CODE_KEYS, triton.cdiv(slab_units, 64), batch * wide)](
+        mean_logits_kernel[(width // CODE_KEYS, triton.cdiv(slab_units, 128), batch * wide)](
             means, keys_here, of_mean, *k.stride()[:3], m, first, slab_units, units, width, wide, group, past,
-            known.local, known.segment, scale, D=d, BLOCK_U=64, BLOCK_C=CODE_KEYS, num_warps=8,
+            known.local, known.segment, scale, D=d, BLOCK_U=128, BLOCK_C=CODE_KEYS, num_warps=8,
         )  # fmt: skip
         code_scores_kernel[(triton.cdiv(slab_units, UNITS), batch * wide)](
             rows.codes, rows.scales, rows.offsets, keys.codes, keys.scales, of_mean,
@@ -171,7 +205,7 @@ def tile_maxima(
             first, slab_units, units, coded, width, group, wide, heads.start, hkv, tiles, out.shape[3], past,
             known.sink, known.local, known.segment, known.dense_below,
             D=d, UNITS=UNITS, BLOCK_C=CODE_KEYS, TOKEN_SCALES=token_scales, VERDICTS=limits is not None,
-            num_warps=8, num_stages=3,
+            num_warps=8,
         )  # fmt: skip
 
 
