@@ -14,6 +14,8 @@ A method runs in chunks as served (`prefill.sparse_chunk_tokens`, or --chunk), a
 whose mean recall, over sampled rows of all query heads of the four draws at that length, reaches 0.95; where none does, at the
 last, and the note says so. Row `ttft/<N>/<method>`: seconds from submission to result, control: the same without a method, cuDNN
 attention, in the same run. The note holds setting, recall, density, and what selection and attention take in one layer.
+`ttft/<N>/<method>/chunk-<C>` and `.../one-piece`: the first method in other chunks (`--chunks`), longest prompt. Larger ones
+are chosen for fewer times and with more rows to choose among; the KV of smaller ones serves more prompts.
 `ttft/<N>/ran`: how many methods there was time for.
 """
 
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200.0, help="wall clock after which what is left is skipped")
     parser.add_argument("--methods", default=",".join(LADDERS))
     parser.add_argument("--lengths", default="32768,131072,65536")
+    parser.add_argument("--chunks", default="", help="others for the first method at the longest prompt; 0 = in one piece")
     parser.add_argument("--chunk", type=int, default=0, help="tokens that a method plans at a time (0 = as served)")
     parser.add_argument("--no-write", action="store_true")
     options = parser.parse_args()
@@ -186,31 +189,34 @@ def main() -> None:
             ids = torch.randint(0, spec.vocab_size, (n + 1,), generator=generator).tolist()
             bank = draws(n)
             repeats = 2 if i else 3
+            wanted = [(f"ttft/{n}/{name}", name, config) for name in names]
+            for chunk in map(int, filter(None, options.chunks.split(","))):
+                what = f"chunk-{chunk}" if chunk else "one-piece"
+                other = config.model_copy(update={"sparse_chunk_tokens": chunk or ONE_PIECE})
+                wanted += [(f"ttft/{n}/{names[0]}/{what}", names[0], other)] if n == max(lengths) else []
             with structured(model.decoder, bank):
                 control, _ = seconds_of(engine, store, ids, dense, repeats)
                 print(f"{n}: dense {[round(x, 3) for x in control]} s", flush=True)
                 skipped = []
-                for name in names:
-                    at = f"ttft/{n}/{name}"
+                for at, name, own in wanted:
                     if time.monotonic() > own_end:
-                        skipped.append(name)
+                        skipped.append(at.removeprefix(f"ttft/{n}/"))
                         continue
                     try:
-                        method, note = operating_point(
-                            LADDERS[name], model, bank, sparse_chunk_tokens(config, model.decoder.device)
-                        )
-                        seconds, result = seconds_of(engine, store, ids, method, repeats)
+                        method, note = operating_point(LADDERS[name], model, bank, sparse_chunk_tokens(own, model.decoder.device))
+                        with PrefillEngine(model, store, own) as sparse:
+                            seconds, result = seconds_of(sparse, store, ids, method, repeats)
                     except Exception as error:  # one method that fails ends itself only
                         rows.append(failed(at, f"{type(error).__name__}: {error}"))
-                        print(f"  {name} failed: {error}", flush=True)
+                        print(f"  {at} failed: {error}", flush=True)
                         continue
                     if result.recall is not None:
                         note += f"; the engine's own measure of recall {result.recall:.3f}, density {result.density:.3f}"
                     found = row(at, seconds, "s", "dense, cuDNN", control, note)
-                    print(f"  {name} {found.value:.3f} s, {1 / found.ratio:.2f} times as fast; {note}", flush=True)
+                    print(f"  {at} {found.value:.3f} s, {1 / found.ratio:.2f} times as fast; {note}", flush=True)
                     rows.append(found)
             if skipped:
-                rows.append(without_time(f"ttft/{n}", names, skipped))
+                rows.append(without_time(f"ttft/{n}", [at for at, _, _ in wanted], skipped))
             del bank
             if not options.no_write:
                 quietly_write(rows, "ttft_h100.json")

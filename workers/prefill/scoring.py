@@ -39,7 +39,7 @@ def quick_logits(q: Tensor, k: Tensor, layer: LayerSpec, factor: float = 1.0) ->
 def slabs(heads: int, n: int, m: int, block: int, pair_bytes: float, least_rows: int = 2048) -> Iterator[tuple[slice, int, int]]:
     """Cut a map of heads x rows x keys into pieces of at most `SLAB_BYTES`, one query tile of one head at least.
 
-    Rows are also cut, in up to eight parts, because each part needs the keys up to its own last row only.
+    Rows are also cut, in up to sixteen parts, because each part needs the keys up to its own last row only.
 
     Args:
         heads, n, m: sizes of the map. block: rows of a query tile. pair_bytes: bytes held for one (head, row, key).
@@ -50,7 +50,7 @@ def slabs(heads: int, n: int, m: int, block: int, pair_bytes: float, least_rows:
     """
     tiles = -(-n // block)
     tile_bytes = max(1.0, pair_bytes * block * m)
-    step = min(max(-(-tiles // 8), least_rows // block, 1), max(1, int(SLAB_BYTES / tile_bytes)))
+    step = min(max(-(-tiles // 16), least_rows // block, 1), max(1, int(SLAB_BYTES / tile_bytes)))
     width = max(1, int(SLAB_BYTES / (tile_bytes * step)))
     for head in range(0, heads, width):
         for first in range(0, n, step * block):
