@@ -74,12 +74,22 @@ VIEWS: dict[str, tuple[View, ...]] = {
             "method in every layer, whether that pays or not",
         ),
     ),
+    "quality_default": (
+        View(
+            r"quality/(2048|4096|8064|all)/([^/]+)/(score|perplexity|density)",
+            r"\2",
+            r"\3 \1",
+            "the method to ask for on ten times as many prompts: score and perplexity over dense, density; 327 prompts a length "
+            "(standard error .01 to .02; of all 981, .007) and 61 texts",
+            ("density",),
+        ),
+    ),
     "quality_cpu": (
         View(
             r"quality/2048/([^/]+)/(score|perplexity|density)",
             r"\1",
             r"\2",
-            "2,048 tokens on a CPU, with the scorer that `recall` has now: score and perplexity over dense, density; 50 prompts "
+            "2,048 tokens on a CPU: score and perplexity over dense, density; 50 prompts "
             "(standard error .03 and .05) and 10 texts",
             ("density",),
         ),
@@ -97,8 +107,8 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"quality/(2048|4096|8064)/([^/]+)/(score|recall|density)",
             r"\2",
             r"\3 \1",
-            "score over dense, recall, density, by length, in chunks of 2,048 tokens, the last 128 of a prompt dense. 103 "
-            "prompts at 2,048 and at 4,096 tokens (standard error .01 to .03), mostly 42 at 8,064 (.03 to .06) for `dhsa`, "
+            "score over dense, recall, density, by length, in chunks of 4,096 tokens, the last 128 of a prompt dense. 107 "
+            "prompts at 2,048 and at 4,096 tokens (standard error .01 to .03), mostly 46 at 8,064 (.04 to .06) for `dhsa`, "
             "`sale`, `seerattention`, `recall`, its .95 and .98, and the last variant of the methods that have several; 17 and 2 "
             "for the rest, too few to tell them apart",
             ("recall", "density"),

@@ -21,7 +21,7 @@ _SCORES = {"row_codes_ptr": "*i8", "row_scales_ptr": "*fp32", "offsets_ptr": "*f
 _BUCKETS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "rows_ptr": "*i32",
             "keys_ptr": "*i32", "picks_ptr": "*i32", "pick_blocks_ptr": "*i32", "bias_ptr": "*fp32",
             "scale_log2": "fp32"}  # fmt: skip
-_WIDE = {"num_warps": 8, "num_stages": 3}
+_WIDE = {"num_warps": 8}
 # what to build: module, kernel, types of pointers, constants, options
 CASES: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]] = {
     "mass of tiles, many rows": (
@@ -42,10 +42,11 @@ CASES: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]
     ),
     "mean logits": (
         "code_scores", "mean_logits_kernel", {"means_ptr": "*bf16", "k_ptr": "*bf16", "out_ptr": "*fp32", "scale": "fp32"},
-        {"D": 128, "BLOCK_U": 64, "BLOCK_C": 128}, {"num_warps": 8},
+        {"D": 128, "BLOCK_U": 128, "BLOCK_C": 128}, {"num_warps": 8},
     ),
     "verdicts": (
-        "code_scores", "code_scores_kernel", {**_SCORES, "out_ptr": "*u8"},
+        "code_scores", "code_scores_kernel",
+        {**_SCORES, "row_codes_ptr": "*fp8e4nv", "key_codes_ptr": "*fp8e4nv", "out_ptr": "*u8"},
         {"D": 128, "UNITS": 2, "BLOCK_C": 128, "TOKEN_SCALES": False, "VERDICTS": True}, _WIDE,
     ),
     "largest scores of 64": (
@@ -122,7 +123,7 @@ def compile_for(name: str) -> tuple[dict[str, object], Any]:
     return {
         "case": name,
         "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
-        "wgmma_s8": len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", built.asm["ptx"])),
+        "wgmma_8": len(re.findall(r"wgmma\.mma_async\S*\.(s32\.s8\.s8|f32\.e4m3\.e4m3)", built.asm["ptx"])),
         "shared_bytes": built.metadata.shared,
         "cubin_bytes": len(built.asm["cubin"]),
         "most_moved": max(sizes, default=0),

@@ -93,7 +93,7 @@ def test_any_grouping_and_any_slab_gives_the_same(
     torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("n", "m", "slab"), [(200, 517, 20_000), (330, 331, 1 << 30)])
+@pytest.mark.parametrize(("n", "m", "slab"), [(200, 517, 20_000), (330, 331, 1 << 30), (70, 4500, 1 << 30)])
 def test_plans_equal_the_plain_ones(
     device: str, n: int, m: int, slab: int, fused: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ def test_builds_for_sm_90(tmp_path: Path) -> None:
         assert 0 <= build["shared_bytes"] <= SHARED_BYTES, build
         assert build["cubin_bytes"] > 0, build
     for case in ("verdicts", "verdicts of 256"):  # 8-bit products, whose scores no layout change sends through shared memory
-        assert builds[case]["wgmma_s8"] > 0, builds[case]
+        assert builds[case]["wgmma_8"] > 0, builds[case]
         assert builds[case]["most_moved"] <= 1024, builds[case]
     for case in ("row codes", "mean logits", "ranks", "buckets", "buckets of 256"):
         assert builds[case]["wgmma"] > 0, builds[case]

@@ -22,8 +22,8 @@ LAG = 8  # passes from a plan on an accelerator to the first choice that knows i
 # Of what dense attention would have taken so far: what may be lost in finding out that sparse does not pay. Half of the 3 % that
 # are promised, for what predictions are off.
 ALLOWANCE = 0.015
-# Of dense attention's time: what sparse must be predicted to stay below on a CPU. Predictions there are off by up to a quarter,
-# and a gain of less than a tenth is not worth the risk.
+# Of dense attention's time: what sparse must be predicted to stay below. Predictions on a CPU are off by up to a quarter, on an
+# accelerator the host may fall behind where layers are short, and a gain of less than a tenth is not worth the risk.
 _PAYS_BELOW = 0.9
 # Where nobody measured the method on the device:
 _LEAST_KEYS = 8192
@@ -51,7 +51,7 @@ class BreakEven:
     """The choices of one prompt, chunk by chunk. Ask `tries` before a method plans and `takes` after; `begin_chunk` before each
     chunk.
 
-    A layer is tried when the method is predicted to pay (on a CPU, by a tenth) at the density that is expected: the mean of the
+    A layer is tried when the method is predicted to gain a tenth at the density that is expected: the mean of the
     layers' so far in this chunk, else the usual one of the method with its parameters at this length. Else it is tried when
     what that may lose fits the allowance: 1.5 % of dense attention's time so far in the chunk, less what has been lost already.
     On a CPU, where a plan's density is known at once, a plan that is too dense is dropped: only its selection is lost.
@@ -112,7 +112,7 @@ class BreakEven:
             return "too_short"
         expected = self._expected(method.usual_density(size.keys, self.method.partition(":")[2]))
         selection, attention = method.selection_ms(size), method.attention_ms(size, expected)
-        self._is_trial = selection + attention > dense * (_PAYS_BELOW if device.type == "cpu" else 1.0)
+        self._is_trial = selection + attention > dense * _PAYS_BELOW
         worst = selection if device.type == "cpu" else selection + max(0.0, method.attention_ms(size, 1.0) - dense)
         return "no_gain" if self._is_trial and self._lost_ms + worst > ALLOWANCE * self._dense_ms else ""
 

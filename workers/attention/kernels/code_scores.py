@@ -4,9 +4,9 @@
 
 Codes are multiplied as 8-bit numbers, of which Hopper does twice as many a second as of 16 bits, and keys cost half the traffic.
 Codes of up to 4 bits are whole numbers that float8 e4m3 holds, and their sum, at most 6272 for 128 dimensions, is exact in a
-product that comes out as float32: nothing is left to convert for every pair. Longer codes are multiplied as integers, whose sum
-is at most 2^22. What the mean of a query tile makes of every key is one number for 64 rows: a product of its own, left in memory
-a slab at a time.
+product that comes out as float32: nothing is left to convert for every pair. Longer codes, larger heads and older GPUs multiply
+integers, whose sum is at most 2^22. What the mean of a query tile makes of every key is one number for 64 rows: a product of its
+own, left in memory a slab at a time.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def tile_maxima(
         limits: [Hq] float32; inf = this head is not looked at.
         bits, token_scales: of the codes, see `codes.code_keys`. slab_bytes: most memory for what the means make of the keys.
 
-    Holds besides a byte per number of q and k, two for a moment where bits is at most FLOAT8_BITS. Does not wait for the device.
+    Holds besides a byte per number of q and k, two for a moment where codes become float8. Does not wait for the device.
     """
     batch, hq, n, d = q.shape
     hkv, m = k.shape[1], k.shape[2]
@@ -182,7 +182,7 @@ def tile_maxima(
         return
     keys = code_keys(k, shift, known.start(past + (tiles - 1) * BLOCK_Q), bits=bits, token_scales=token_scales)
     rows = code_rows(q, k, shift, known, scale=scale, bits=bits, token_scales=token_scales)
-    if bits <= FLOAT8_BITS:
+    if bits <= FLOAT8_BITS and d <= 128 and _multiplies_float8(q.device):
         keys = replace(keys, codes=keys.codes.to(torch.float8_e4m3fn))
         rows = replace(rows, codes=rows.codes.to(torch.float8_e4m3fn))
     coded, units = keys.codes.shape[2], tiles * group
@@ -207,6 +207,11 @@ def tile_maxima(
             D=d, UNITS=UNITS, BLOCK_C=CODE_KEYS, TOKEN_SCALES=token_scales, VERDICTS=limits is not None,
             num_warps=8,
         )  # fmt: skip
+
+
+def _multiplies_float8(device: torch.device) -> bool:
+    """Whether Triton compiles products of float8 e4m3 for it; its interpreter computes them anywhere."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def unit_slabs(
