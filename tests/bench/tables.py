@@ -65,6 +65,16 @@ VIEWS: dict[str, tuple[View, ...]] = {
             ("density", "recall"),
         ),
     ),
+    "prefill_capture_cpu": (
+        View(
+            r"prefill/captured-8064/layer(\d+)/([^/]+)/(density|recall|error)",
+            r"\2",
+            r"\3 layer \1",
+            "layers of the default model on 8,064 tokens of real text, on a CPU: what `correction` and `pooling` change; error "
+            "of the output over the norm of dense's",
+            ("density", "recall", "error"),
+        ),
+    ),
     "ttft_cpu": (
         View(
             r"ttft/(\d+)/(.+)",
@@ -99,8 +109,8 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"ttft_served/(\d+)/(.+)",
             r"\2",
             r"\1",
-            "an 8B-shaped model, end to end, by tokens; time over dense in one piece. At 1,024 all of it runs dense, at the pace of "
-            "the host: there one engine's thread is at times a quarter faster than the other's, whichever runs the method",
+            "an 8B-shaped model, end to end, by tokens; time over dense in one piece. At 1,024 all of it runs dense, at the pace "
+            "of the host: there one engine's thread is at times a quarter faster than the other's, whichever runs the method",
         ),
     ),
     "quality": (

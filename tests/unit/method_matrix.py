@@ -76,6 +76,7 @@ METHODS = (
             {"min_budget": 1 << 20},
             {"block": 32, "min_budget": 64, "gamma": 1.0, "tau": 0.0},
             {"block": 32, "min_budget": 64, "gamma": 1.0, "tau": 1.0},
+            {"block": 32, "min_budget": 64, "gamma": 1.0, "tau": 1.0, "pooling": "bands"},
         ),
     ),
     Row(
@@ -151,7 +152,10 @@ METHODS = (
     Row(
         "dhsa",
         params={"mask": "vsb", "density": 0.2, "block_q": 32},
-        dense_limits=tuple({"mask": mask, "density": 1.0} for mask in ("topk", "a", "vs", "vsb")),
+        dense_limits=(
+            *({"mask": mask, "density": 1.0} for mask in ("topk", "a", "vs", "vsb")),
+            *({"mask": mask, "density": 1.0, "pooling": "bands"} for mask in ("topk", "a")),
+        ),
     ),
     Row(
         "dhsa-v1",

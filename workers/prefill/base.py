@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
@@ -82,6 +83,19 @@ class PrefillMethod(ABC):
         Returns:
             The plan, or None for dense attention. A plan never lists a tile that causality forbids entirely.
         """
+
+
+@dataclass(frozen=True)
+class TileListMethod(PrefillMethod):
+    """A method whose heads read listed tiles. Whatever chose them, what they leave out can be estimated.
+
+    Attributes:
+        correction: tiles left out join the softmax as their mean key with their mean value (`TilePlan.mean_correction`): 1 / Bk
+            of dense attention more work, an output nearer to dense where much is left out. Its share of the attention mass is
+            part of an estimate then, and not reported.
+    """
+
+    correction: bool = field(default=False, kw_only=True)
 
 
 prefill_methods: Registry[PrefillMethod] = Registry(

@@ -16,7 +16,7 @@ from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import HeadClass, TilePlan
 from winnow.workers.attention.reference import attend_reference
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import PrefillMethod, TileListMethod, prefill_methods
 
 pytestmark = pytest.mark.slow
 
@@ -193,6 +193,27 @@ def test_p3_mean_correction_serves_every_method_that_lists_tiles(row: Row) -> No
         with_ += error(better, x)
         without += error(out, x)
     assert with_ <= without
+
+
+@each_method
+def test_p3_a_method_that_lists_tiles_takes_correction_and_reads_the_same(row: Row) -> None:
+    """All but those that estimate by themselves or list single keys."""
+    planned = 0
+    for workload in WORKLOADS.values():
+        x = workload(SHAPES["square"], 3)
+        method = create(row)
+        plan = method.plan(x.q, x.k, layer_for(x))
+        if plan is None or HeadClass.CSR not in plan.kinds:
+            continue
+        if not isinstance(method, TileListMethod):
+            assert plan.residual is not None or plan.block_q == 1, "it could"
+            continue
+        assert not plan.mean_correction
+        corrected = create(row, {**row.params, "correction": True}).plan(x.q, x.k, layer_for(x))
+        assert corrected is not None and corrected.mean_correction
+        assert torch.equal(corrected.to_dense_mask(), plan.to_dense_mask())
+        planned += 1
+    assert planned or not isinstance(create(row), TileListMethod)
 
 
 @each_method

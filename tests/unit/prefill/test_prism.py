@@ -15,7 +15,8 @@ from winnow.errors import InvalidRequest
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.model.rope import RopeTable, rotate
 from winnow.workers.model.spec import RopeSpec
-from winnow.workers.prefill.methods.prism import Prism, band_logits, bands
+from winnow.workers.prefill.methods.prism import Prism
+from winnow.workers.prefill.rope_bands import band_logits, bands
 from winnow.workers.prefill.scoring import pool_mean
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
+from winnow.workers.prefill.rope_bands import check_pooling, pooled_logits
 from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, keep_top, pool_max, pool_mean, recent_mass
 
 MASKS = ("topk", "a", "vs", "vsb")
@@ -19,7 +20,7 @@ MASKS = ("topk", "a", "vs", "vsb")
 
 @prefill_methods.register("dhsa")
 @dataclass(frozen=True)
-class DHSA(PrefillMethod):
+class DHSA(TileListMethod):
     """Keep `density` of a row's tiles, chosen by one of four masks.
 
     - `topk`: the largest products of mean query and mean key of a tile.
@@ -46,6 +47,8 @@ class DHSA(PrefillMethod):
         mask: "topk", "a", "vs" or "vsb"; at equal density vs kept most attention of a real text.
         density: share of a row's tiles (topk, a), of the prompt's tokens (vs) or key tiles (vsb); 1 = all.
         split: share of the budget of vs and vsb that goes to columns.
+        pooling: of topk and a: "mean" compares mean queries with mean keys; "bands" fast and slow rotary pairs apart
+            (`rope_bands`).
         block_q, block_k: tile sizes in tokens: 32, 64 or 128, block_k at most block_q.
     """
 
@@ -61,8 +64,10 @@ class DHSA(PrefillMethod):
     split: float = 0.5
     block_q: int = 128
     block_k: int = 32
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
+        check_pooling(self.name, self.pooling)
         if self.mask not in MASKS:
             raise InvalidRequest(f"dhsa: mask must be one of {', '.join(MASKS)}, got {self.mask!r:.40}")
         if not 0.0 < self.density <= 1.0:
@@ -93,23 +98,22 @@ class DHSA(PrefillMethod):
             mask = self._by_tokens(q, k, layer) if self.mask == "vs" else self._by_tiles(q, k, layer)
             mask[:, :, -1] = True
         mask[..., 0] = True
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=self.block_q, block_k=self.block_k)
+        return TilePlan.from_mask(
+            mask, n_rows=n, n_keys=m, block_q=self.block_q, block_k=self.block_k, mean_correction=self.correction
+        )
 
     def _pooled(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
         """Masks topk and a: [B, Hq, nQ, nK] bool."""
         n, m = q.shape[2], k.shape[2]
-        keys = pool_mean(k, self.block_k)
-        rows = pool_mean(q, self.block_q).unflatten(1, (keys.shape[1], -1))  # [B, Hkv, g, nQ, D]
-        scores = torch.matmul(rows, keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
         forbidden = forbidden_tiles(n, m, self.block_q, self.block_k, q.device)
+        scores = pooled_logits(pool_mean(q, self.block_q), pool_mean(k, self.block_k), layer, forbidden, pooling=self.pooling)
         readable = (~forbidden).sum(-1)  # [nQ]
         budget = (readable * self.density).long()
         if self.mask == "topk":
-            return keep_top(scores.masked_fill(forbidden, -torch.inf), budget.clamp(min=1))
+            return keep_top(scores, budget.clamp(min=1))
         forced = diagonal_tiles(n, m, self.block_q, self.block_k, q.device)
         forced[:, 0] = True
-        scores = scores.masked_fill(forbidden, -torch.inf).masked_fill(forced, torch.inf)
-        return keep_top(scores, torch.maximum(budget, forced.sum(-1)))
+        return keep_top(scores.masked_fill(forced, torch.inf), torch.maximum(budget, forced.sum(-1)))
 
     def _by_tokens(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
         """Mask vs: [B, Hq, nQ, nK] bool."""

@@ -14,7 +14,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TileLists, TilePlan
 from winnow.workers.prefill import calibration
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.chunk_borders import BorderPredictor, parameter_shapes, pick_borders
 from winnow.workers.prefill.scoring import slabs
 
@@ -65,7 +65,7 @@ class Predictors:
 
 @prefill_methods.register("dhsa-v1")
 @dataclass(frozen=True)
-class DHSAv1(PrefillMethod):
+class DHSAv1(TileListMethod):
     """Each block of queries reads the `budget` tokens whose chunks score best; all heads of a layer share them.
 
         query block:  sum of its queries / sqrt(its length)      (the mean times sqrt(length): a long chunk is not washed out)
@@ -178,7 +178,9 @@ class DHSAv1(PrefillMethod):
         if self.instruction:
             mask[:, :, max(0, n - self.instruction) // b :] = True
         columns = TileLists.from_ids(ids, valid)  # from_mask drops those in the blocks' own tiles
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, token_columns=columns)
+        return TilePlan.from_mask(
+            mask, n_rows=n, n_keys=m, block_q=b, block_k=b, token_columns=columns, mean_correction=self.correction
+        )
 
     def borders(self, k: Tensor, layer: LayerSpec) -> Tensor:
         """[B, M] bool: the tokens of k [B, Hkv, M, D] that begin a chunk; token 0 does."""

@@ -13,13 +13,13 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.scoring import pool_mean, quick_logits, score_kernels, slabs
 
 
 @prefill_methods.register("flashprefill")
 @dataclass(frozen=True)
-class FlashPrefill(PrefillMethod):
+class FlashPrefill(TileListMethod):
     """Per row of tiles, every tile whose energy is at least `alpha` of the best one's. Nothing is sorted or accumulated.
 
         E[I, J] = sum over rows i of I that see all of J of exp(scale q_i . kbar_J)
@@ -45,7 +45,6 @@ class FlashPrefill(PrefillMethod):
         dense_layers: first layers of the model that stay dense.
         per_kv_head: the query heads of a group share one list, and query tiles have block / group positions, rounded
             down to a power of two, 16 at least.
-        correction: tiles left out join the softmax as their mean key and value (`TilePlan.mean_correction`).
         block: tile size of keys, and of queries unless `per_kv_head`: 32, 64 or 128.
     """
 
@@ -62,7 +61,6 @@ class FlashPrefill(PrefillMethod):
     dense_tail: int = 2
     dense_layers: int = 0
     per_kv_head: bool = False
-    correction: bool = False
     block: int = 128
 
     def __post_init__(self) -> None:

@@ -11,15 +11,16 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import forbidden_tiles, logits_of, pool_mean, pool_sum, recent_mass
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
+from winnow.workers.prefill.rope_bands import check_pooling, pooled_logits
+from winnow.workers.prefill.scoring import forbidden_tiles, pool_mean, pool_sum, recent_mass
 
 _EPS = 1e-12
 
 
 @prefill_methods.register("flexprefill")
 @dataclass(frozen=True)
-class FlexPrefill(PrefillMethod):
+class FlexPrefill(TileListMethod):
     """Vertical-slash or query-aware tiles per head, with a budget that covers `gamma` of the attention mass.
 
     Source: "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference"
@@ -39,6 +40,7 @@ class FlexPrefill(PrefillMethod):
         min_budget: fewest tokens of columns, and of diagonals, each head gets.
         max_budget: most of them; 0 = no limit.
         block: tile size of queries and keys: 32, 64 or 128.
+        pooling: "mean" compares mean queries with mean keys; "bands" fast and slow rotary pairs apart (`rope_bands`).
         adjacent_diagonals: a band of token offsets inside one tile crosses two tile diagonals; also keep the second.
     """
 
@@ -54,9 +56,11 @@ class FlexPrefill(PrefillMethod):
     min_budget: int = 1024
     max_budget: int = 0
     block: int = 128
+    pooling: str = "mean"
     adjacent_diagonals: bool = False
 
     def __post_init__(self) -> None:
+        check_pooling(self.name, self.pooling)
         if not 0.0 < self.gamma < float("inf"):
             raise InvalidRequest(f"flexprefill: gamma must be above 0, got {self.gamma}; 0.9 is the published default")
         if not 0.0 <= self.tau < float("inf"):
@@ -83,11 +87,11 @@ class FlexPrefill(PrefillMethod):
         most = min(n_k, -(-self.max_budget // b)) if self.max_budget else n_k
         columns_budget, diagonals_budget = (self._budget(x).clamp(shortest, most) for x in (vertical, slash))
         column_mass, diagonal_mass = pool_sum(vertical, b), pool_sum(slash, b)
-        pooled_k = pool_mean(k, b).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, Hq, nK, D]
+        pooled_k = pool_mean(k, b)
         aware = None
         if self.tau > 0:
             mean_query = q[:, :, -min(b, n) :].float().mean(2, keepdim=True)
-            guess = torch.softmax(logits_of(mean_query, pooled_k, layer), -1).squeeze(2)
+            guess = torch.softmax(pooled_logits(mean_query, pooled_k, layer, pooling=self.pooling), -1).squeeze(2)
             aware = _js_distance(guess, column_mass) < self.tau  # [B, Hq]
             columns_budget, diagonals_budget = (torch.where(aware, shortest, x) for x in (columns_budget, diagonals_budget))
         keep_column = _top(column_mass, columns_budget)  # [B, Hq, nK]
@@ -97,7 +101,9 @@ class FlexPrefill(PrefillMethod):
         mask = keep_column[:, :, None, :] | _on_diagonals(keep_diagonal, n, m, b)
         if aware is not None:
             mask |= self._pooled_map(q, pooled_k, layer, n, m) & aware[:, :, None, None]
-        return TilePlan.from_mask(mask.expand(-1, -1, n_q, -1), n_rows=n, n_keys=m, block_q=b, block_k=b)
+        return TilePlan.from_mask(
+            mask.expand(-1, -1, n_q, -1), n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction
+        )
 
     def _budget(self, mass: Tensor) -> Tensor:
         """[B, Hq] int64: tiles that hold gamma of mass [B, Hq, M] when its largest tokens are taken first."""
@@ -111,7 +117,7 @@ class FlexPrefill(PrefillMethod):
         """[B, Hq, nQ, nK] bool: largest entries of the pooled attention map until they sum to gamma per query tile on average."""
         b = self.block
         forbidden = forbidden_tiles(n, m, b, b, q.device)
-        scores = logits_of(pool_mean(q, b), pooled_k, layer).masked_fill(forbidden, -torch.inf)
+        scores = pooled_logits(pool_mean(q, b), pooled_k, layer, forbidden, pooling=self.pooling)
         flat = torch.softmax(scores, -1).flatten(2)
         ordered, order = flat.sort(dim=-1, descending=True, stable=True)
         reached = ordered.cumsum(-1)

@@ -11,13 +11,13 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TileLists, TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.scoring import keep_top, recent_mass
 
 
 @prefill_methods.register("minference")
 @dataclass(frozen=True)
-class MInference(PrefillMethod):
+class MInference(TileListMethod):
     """The keys (verticals) and the distances (slashes) that hold most of the last queries' attention, for every row.
 
     A slash is executed as the tiles it passes through; a vertical that lies in no such tile is read as a single key.
@@ -82,7 +82,9 @@ class MInference(PrefillMethod):
         columns = vertical.sort(dim=-1, descending=True, stable=True).indices[..., :n_vertical].sort(dim=-1).values
         mask = tiles_of_distances(keep_top(slash, n_slash), n, b)
         lists = TileLists.from_ids(columns.unsqueeze(2).expand(-1, -1, mask.shape[2], -1))  # from_mask drops those in tiles
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, token_columns=lists)
+        return TilePlan.from_mask(
+            mask, n_rows=n, n_keys=m, block_q=b, block_k=b, token_columns=lists, mean_correction=self.correction
+        )
 
 
 def tiles_of_distances(keep: Tensor, n: int, block: int) -> Tensor:

@@ -12,14 +12,14 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 
 _BLOCKS = (16, 32, 64, 128, 256, 512)
 
 
 @prefill_methods.register("powerattention")
 @dataclass(frozen=True)
-class PowerAttention(PrefillMethod):
+class PowerAttention(TileListMethod):
     """Read the key at j from position i iff, with t = i // block - j // block and j <= i,
 
         t < local_blocks   or   t is 0 or a power of two   or   j < sink_blocks * block
@@ -78,7 +78,7 @@ class PowerAttention(PrefillMethod):
         for own in (first // self.block, last // self.block):  # equal unless a border lies between
             keep |= self.reads(own[:, None], key_block)
         mask = keep.expand(q.shape[0], 1, *keep.shape)
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=rows, block_k=tile)
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=rows, block_k=tile, mean_correction=self.correction)
 
     def reads(self, own: Tensor, other: Tensor) -> Tensor:
         """Whether rows of block `own` read keys of block `other`: int64 indices that broadcast -> bool. False ahead of a row."""

@@ -11,15 +11,14 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, keep_share, logits_of, pool_mean
-
-_EPS = 1e-6
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
+from winnow.workers.prefill.rope_bands import HIGH_SHARE, LOW_SHARE, band_logits, bands
+from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, keep_share, pool_mean
 
 
 @prefill_methods.register("prism")
 @dataclass(frozen=True)
-class Prism(PrefillMethod):
+class Prism(TileListMethod):
     """Per row of tiles, the tiles that hold `threshold` of the mass of either band's pooled softmax.
 
     The mean over B positions of a rotary pair of angle theta is about sinc(B theta / 2 pi) of its size: fast pairs cancel, slow
@@ -52,8 +51,8 @@ class Prism(PrefillMethod):
         notes="pooled tiles of two rotary bands, a share of each band's mass; temperatures from the whole prompt",
     )
     threshold: float = 0.95
-    high_share: float = 0.5
-    low_share: float = 0.75
+    high_share: float = HIGH_SHARE
+    low_share: float = LOW_SHARE
     block: int = 128
 
     def __post_init__(self) -> None:
@@ -83,39 +82,4 @@ class Prism(PrefillMethod):
             for band in bands(q.shape[3], self.high_share, self.low_share, q.device):
                 logits = band_logits(pooled_q, pooled_k, band, layer).masked_fill(forbidden, -torch.inf)
                 mask = mask | keep_share(torch.softmax(logits, -1), self.threshold)
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
-
-
-def bands(head_size: int, high_share: float, low_share: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Dimensions of the high and the low band, int64.
-
-    The decoder rotates dimension j together with j + D / 2, by an angle that shrinks as j grows (`workers/model/rope.py`):
-    the fast pairs are the first of both halves, the slow ones the last of both.
-    """
-    half = head_size // 2
-    n_high, n_low = (max(1, round(share * half)) for share in (high_share, low_share))
-    pair = torch.arange(half, device=device)
-    high, low = pair[:n_high], pair[half - n_low :]
-    return torch.cat((high, high + half)), torch.cat((low, low + half))
-
-
-def band_logits(pooled_q: Tensor, pooled_k: Tensor, band: Tensor, layer: LayerSpec) -> Tensor:
-    """[B, Hq, nQ, nK] float32: logits of one band at its temperature.
-
-    Args:
-        pooled_q: [B, Hq, nQ, D], pooled_k: [B, Hkv, nK, D], float32. band: its dimensions.
-    """
-    batch, hq, n_q, d = pooled_q.shape
-    hkv, n_k = pooled_k.shape[1], pooled_k.shape[2]
-    share = band.numel() / d
-    band_q, band_k = pooled_q[..., band], pooled_k[..., band]
-    # scale / share / (their ratios) is the published 1 / (sqrt(d_z) t_z) where scale is 1 / sqrt(D)
-    band_q = band_q / (share * _rms(band_q) / _rms(pooled_q)).clamp(min=_EPS)
-    band_k = band_k / (_rms(band_k) / _rms(pooled_k)).clamp(min=_EPS)
-    rows = band_q.reshape(batch, hkv, hq // hkv * n_q, -1)
-    return logits_of(rows, band_k, layer).view(batch, hq, n_q, n_k)
-
-
-def _rms(x: Tensor) -> Tensor:
-    """Root mean square over tiles and dimensions, [B, H, 1, 1]."""
-    return x.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=_EPS)
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)

@@ -13,7 +13,7 @@ from winnow.errors import InvalidRequest, Unsupported
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.scoring import SLAB_BYTES, logits_of, pool_max, pool_sum, recent_mass, score_kernels, slabs
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @prefill_methods.register("proxyattn")
 @dataclass(frozen=True)
-class ProxyAttn(PrefillMethod):
+class ProxyAttn(TileListMethod):
     """Tiles ranked by the strided attention of averaged heads, as many per head as hold `gamma` of its last rows' mass.
 
     Source: "ProxyAttn: Guided Sparse Attention via Representative Heads" (arXiv 2509.24745, ICLR 2026), sections 3.1 to 3.3.
@@ -105,7 +105,7 @@ class ProxyAttn(PrefillMethod):
         mask = rank.repeat_interleave(hq // self.groups, 1) < self._budgets(q, k, layer).unsqueeze(-1)
         if self.keep_first:
             mask[..., 0] = True
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)
 
     def _check_heads(self, hq: int, hkv: int) -> None:
         if hkv % self.groups and (self.groups % hkv or hq % self.groups):

@@ -11,7 +11,7 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.quality import sample_rows
 from winnow.workers.prefill.scoring import (
     SLAB_BYTES,
@@ -31,7 +31,7 @@ _CACHE_BYTES = 4 << 20  # of logits at once on a CPU: larger tensors are new mem
 
 @prefill_methods.register("recall")
 @dataclass(frozen=True)
-class Recall(PrefillMethod):
+class Recall(TileListMethod):
     """Choose tiles by the exact attention of one row in 32, and how many of them by that of a few others.
 
     A tile's score is the mean share of attention mass that the scored rows of its query tile give it: unbiased, and for rows that
@@ -107,7 +107,7 @@ class Recall(PrefillMethod):
         share = self._threshold(shares[:, :, sampled // b], forced[sampled // b], mass)
         wanted = share.unsqueeze(-1) - (shares * forced).sum(-1)
         mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced | (share >= 1.0)[..., None, None]
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)
 
     def _threshold(self, shares: Tensor, forced: Tensor, mass: Tensor) -> Tensor:
         """[B, Hq] float32: the smallest tried share whose tiles hold `recall` of the sampled rows' mass; 1 where none does.

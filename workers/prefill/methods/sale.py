@@ -15,7 +15,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import HeadClass, TilePlan
 from winnow.workers.prefill import calibration, scoring
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.scoring import code_kernels, forbidden_tiles, logits_of, on_device, slabs
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _TINY = 1e-20
 
 @prefill_methods.register("sale")
 @dataclass(frozen=True)
-class SALE(PrefillMethod):
+class SALE(TileListMethod):
     """Keep a tile iff one of its pairs is larger than `tau` of what its row gives to sink and local window together.
 
         kept(I, J)  iff  max over i in I, j in J of  s~_ij - lse_i  >  ln tau
@@ -139,7 +139,7 @@ class SALE(PrefillMethod):
             for heads, tile, scores in self._slabs(q, k, layer):
                 part = mask[:, heads, tile : tile + scores.shape[2], : scores.shape[3]]
                 part |= scores > limit[heads, None, None]
-        return self.plan_of(mask, tau, n, m)
+        return dataclasses.replace(self.plan_of(mask, tau, n, m), mean_correction=self.correction)
 
     def tile_scores(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
         """[B, Hq, nQ, nK] float32: ln of a tile's largest relative score, what `tau` is compared with; inf where always kept."""

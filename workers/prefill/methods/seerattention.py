@@ -17,7 +17,7 @@ from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.model.spec import ModelSpec, RopeSpec
 from winnow.workers.prefill import calibration, scoring
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.calibration import Calibration
 from winnow.workers.prefill.pre_rope import PreRope
 from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, gate_kernels, keep_top, pool_mean
@@ -67,7 +67,7 @@ class Gates:
 
 @prefill_methods.register("seerattention")
 @dataclass(frozen=True)
-class SeerAttention(PrefillMethod):
+class SeerAttention(TileListMethod):
     """Tiles of 64 x 64 chosen by a gate that was trained, on the frozen model, to predict the tiles' attention.
 
         Qg = rope(mean(q) Wq),  Kg = rope([max(k), min(k), mean(k)] Wk),  S = Qg Kg^T / sqrt(G)
@@ -173,7 +173,7 @@ class SeerAttention(PrefillMethod):
                 shares = torch.softmax(scores.masked_fill(forbidden, -torch.inf), -1)
                 masks.append(((shares >= self.threshold) & ~forbidden) | diagonal)
         mask = masks[0] if len(masks) == 1 else torch.cat(masks, 1)
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=BLOCK, block_k=BLOCK)
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=BLOCK, block_k=BLOCK, mean_correction=self.correction)
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         if self.oracle:

@@ -11,13 +11,13 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.base import PrefillMethod, prefill_methods
+from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.scoring import diagonal_tiles, keep_share, quick_logits, score_kernels, slabs
 
 
 @prefill_methods.register("xattention")
 @dataclass(frozen=True)
-class XAttention(PrefillMethod):
+class XAttention(TileListMethod):
     """Per row of tiles, the fewest tiles that hold `threshold` of the mass of a softmax over cells.
 
     A cell is `stride` queries by `stride` keys; its logit is the mean over its antidiagonal, which crosses every column and
@@ -74,13 +74,13 @@ class XAttention(PrefillMethod):
             return None
         if self.threshold >= 1.0:  # sums round to just above or below 1
             mask = torch.ones(*q.shape[:2], -(-n // b), -(-m // b), dtype=torch.bool, device=q.device)
-            return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
+            return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)
         shares = self.tile_shares(q, k, layer)
         forced = diagonal_tiles(n, m, b, b, q.device)
         forced[:, 0] = True
         wanted = self.threshold * shares.sum(-1) - (shares * forced).sum(-1)
         mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced
-        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b)
+        return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)
 
     def tile_shares(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
         """[B, Hq, nQ, nK] float32: mass of each tile, summed over the cells of its rows."""
