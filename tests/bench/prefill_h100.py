@@ -62,7 +62,7 @@ from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLED_ROWS = 48
-CONTROL = "cuDNN dense"
+CONTROL = "cuDNN dense" if DEVICE == "cuda" else "dense"
 SPECS = (
     "flexprefill", "flexprefill:gamma=0.95", "xattention", "xattention:stride=16", "prism", "flashprefill",
     "flashprefill:correction=true", "flashprefill:per_kv_head=true,correction=true", "recall", "recall:recall=0.98",
