@@ -84,6 +84,16 @@ VIEWS: dict[str, tuple[View, ...]] = {
             "method in every layer, whether that pays or not",
         ),
     ),
+    "quality_8064_cpu": (
+        View(
+            r"quality/8064/([^/]+)/(score|perplexity|recall|density)",
+            r"\1",
+            r"\2",
+            "8,064 tokens on a CPU, the methods that `quality` has not there: score and perplexity over dense, recall, density; "
+            "four or five prompts, too few to tell scores apart",
+            ("recall", "density"),
+        ),
+    ),
     "quality_default": (
         View(
             r"quality/(2048|4096|8064|all)/([^/]+)/(score|perplexity|density)",
