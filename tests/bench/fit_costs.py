@@ -21,7 +21,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,14 +154,16 @@ def usual_densities(method: str, cells: Sequence[Cell]) -> dict[str, tuple[tuple
     by_params: dict[str, list[Cell]] = {}
     for c in own:
         by_params.setdefault(changed_params(c.spec), []).append(c)
-    typical = statistics.median if "" in by_params else max
-    by_params.setdefault("", own)
     found = {}
-    for params, mine in sorted(by_params.items()):
-        lengths = sorted({c.size.keys for c in mine})
-        middle = typical if not params else statistics.median
-        found[params] = tuple((n, middle(c.density for c in mine if c.size.keys == n)) for n in lengths)
+    if "" not in by_params:
+        found[""] = _by_length(own, max)
+    found |= {params: _by_length(mine, statistics.median) for params, mine in sorted(by_params.items())}
     return found
+
+
+def _by_length(cells: Sequence[Cell], typical: Callable[[Iterator[float]], float]) -> tuple[tuple[int, float], ...]:
+    lengths = sorted({c.size.keys for c in cells})
+    return tuple((n, typical(c.density for c in cells if c.size.keys == n)) for n in lengths)
 
 
 def changed_params(spec: str) -> str:
