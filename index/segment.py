@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.errors import CorruptBlock, InvalidRequest, LeaseLost, Overloaded
+from winnow.index.key_tiles import KeyTiles
 from winnow.index.layout import DTYPE_BYTES, SegmentLayout
 from winnow.types import SegmentHandle
 
@@ -60,6 +61,7 @@ class KVSegment:
         capacity: tokens that fit.
         path: the mapped file; None for plain tensors ("local"), which no other process can map.
         size_bytes: bytes at full capacity, what a budget counts.
+        key_tiles: what a selector computed of the keys, in this process only; it is neither in the file nor in a stream.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class KVSegment:
         self.segment_id = segment_id
         self.path = path
         self.device = data.device
+        self.key_tiles = KeyTiles()
         self.size_bytes, _, _ = _sizes(layout, capacity, query_sample)
         self._meta: NDArray[np.uint8] = meta
         self._words: NDArray[np.int64] = meta[:_RANGES_AT].view(np.int64)
@@ -188,6 +191,7 @@ class KVSegment:
     def close(self) -> None:
         """Drop this object's views. The memory goes when the last tensor handed out by `k`, `v` … is gone."""
         self._kv = self._queries = self._raw = None
+        self.key_tiles.clear()
         self._meta = self._meta[:PAGE].copy()  # counters stay readable
         self._words = self._meta[:_RANGES_AT].view(np.int64)
         self._ids = self._ids.copy()
@@ -281,7 +285,7 @@ class KVSegment:
         self._words[_N_TOTAL] = n_tokens
 
     def copy_prefix_from(self, other: KVSegment, n_tokens: int) -> None:
-        """Copy the first n_tokens (K, V and ids) of a segment of the same layout; they become valid here, not sealed.
+        """Copy the first n_tokens (K, V, ids, key tiles) of a segment of the same layout; they become valid here, not sealed.
 
         Raises:
             InvalidRequest: this segment is not empty, or n_tokens exceeds what `other` holds or what fits here.
@@ -295,6 +299,7 @@ class KVSegment:
                 f"the source holds {other.n_total})"
             )
         self.kv[:, :, :, :n_tokens].copy_(other.kv[:, :, :, :n_tokens])
+        self.key_tiles.copy_prefix_from(other.key_tiles, n_tokens)
         self.advance(other._ids[:n_tokens])
 
     # -- sealing and checking ----------------------------------------------------------------------------------------

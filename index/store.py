@@ -35,7 +35,7 @@ class StoreStats:
     """A picture of the store, and counters since it was made.
 
     Attributes:
-        bytes, budget: of live segments, by capacity; and the limit.
+        bytes, budget: of live segments, by capacity, and of entries' key tiles; and the limit.
         segments, entries, leases: live ones.
         hits, misses: acquisitions that did or did not start from a cached prefix; those without cache count in neither.
         hit_tokens: tokens taken from the cache.
@@ -66,6 +66,12 @@ class _Held:
     leases: set[int] = field(default_factory=set)
     pins: int = 0
     indexed: Tokens | None = None  # the tokens it is an entry for; None = not an entry
+    tile_bytes: int = 0  # of its key tiles, counted since it became an entry
+
+    @property
+    def size_bytes(self) -> int:
+        """What it counts against the budget."""
+        return self.segment.size_bytes + self.tile_bytes
 
 
 @dataclass(eq=False)
@@ -294,12 +300,23 @@ class SegmentStore:
         held = self._holder(lease.handle)
         if not lease.is_shared:
             lease.segment.seal()  # outside the lock: the segment has one writer, the caller
+            lease.segment.key_tiles.move(lease.segment.device)
         with self._lock:
             held = self._holder(lease.handle)
             lease.expires_at = self._clock() + self.config.lease_s
-            if lease.use_cache and not lease.is_shared:
-                self._add_entry(held)
+            if not lease.is_shared:
+                if lease.use_cache:
+                    self._add_entry(held)
+                self._count_tiles(held)
             return lease.handle
+
+    def _count_tiles(self, held: _Held) -> None:
+        """Keep a segment's key tiles where it is an entry and they fit beside the others: they save less than an entry does."""
+        tiles = held.segment.key_tiles
+        if held.indexed is None or self._excess(tiles.size_bytes - held.tile_bytes) > 0:
+            tiles.clear()
+        self._bytes += tiles.size_bytes - held.tile_bytes
+        held.tile_bytes = tiles.size_bytes
 
     def _add_entry(self, held: _Held) -> None:
         tokens = held.segment.token_ids[: held.segment.n_tokens].copy()
@@ -326,7 +343,7 @@ class SegmentStore:
     def _free_if_unused(self, held: _Held) -> None:
         if held.indexed is None and not held.leases and not held.pins and held.segment.segment_id in self._held:
             del self._held[held.segment.segment_id]
-            self._bytes -= held.segment.size_bytes
+            self._bytes -= held.size_bytes
             held.segment.unlink()
 
     def _idle(self) -> list[_Held]:
@@ -339,7 +356,7 @@ class SegmentStore:
     def _fits(self, need: int) -> bool:
         """`need` bytes can be had, with every idle entry evicted if it must be."""
         excess = self._excess(need)
-        return excess <= 0 or sum(held.segment.size_bytes for held in self._idle()) >= excess
+        return excess <= 0 or sum(held.size_bytes for held in self._idle()) >= excess
 
     def _evict(self, need: int) -> None:
         """Drop idle entries until `need` bytes fit the budget, and the folder: others may have filled it meanwhile."""
@@ -482,7 +499,10 @@ class SegmentStore:
             held = self._held
             live = {(lease.segment.segment_id, fencing) for fencing, lease in self._leases.items()}
             facts = {
-                "bytes equal the sum of the segments": self._bytes == sum(h.segment.size_bytes for h in held.values()),
+                "bytes equal the sum of the segments": self._bytes == sum(h.size_bytes for h in held.values()),
+                "key tiles are counted": all(
+                    h.indexed is None or h.tile_bytes == h.segment.key_tiles.size_bytes for h in held.values()
+                ),
                 "bytes stay within the budget": self._bytes + self._promised <= self.budget_bytes,
                 "every lease is on its segment": live == {(sid, f) for sid, h in held.items() for f in h.leases},
                 "fencing tokens were granted": all(0 < f <= self._last_fencing for f in self._leases),

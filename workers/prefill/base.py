@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
+from winnow.index.key_tiles import KeyTiles
 from winnow.registry import Capabilities, Registry, modules_in
 from winnow.types import MethodChoice
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
-from winnow.workers.prefill.scoring import KeyTiles
+from winnow.workers.prefill.scoring import pool_mean
 
 if TYPE_CHECKING:
     from winnow.workers.model.loader import LoadedModel
@@ -54,13 +55,16 @@ class PrefillMethod(ABC):
         """Digest of what `bind` loaded, "" for nothing: KV made under another calibration is never reused."""
         return ""
 
-    def for_prompt(self) -> Self:
+    def for_prompt(self, known: KeyTiles | None = None) -> Self:
         """The method ready for one prompt: a copy with a state, for as long as the prompt's prefill lasts.
 
         What it plans is the same with and without a state; see `of_key_tiles`.
+
+        Args:
+            known: the state, of the segment that the prompt's keys are written to; None = a new one.
         """
         own = copy.copy(self)
-        object.__setattr__(own, "_state", KeyTiles())
+        object.__setattr__(own, "_state", KeyTiles() if known is None else known)
         return own
 
     def of_key_tiles(self, name: Hashable, k: Tensor, tile: int, compute: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -69,6 +73,10 @@ class PrefillMethod(ABC):
         Args: as `KeyTiles.extended`.
         """
         return compute(k, 0) if self._state is None else self._state.extended(name, k, tile, compute)
+
+    def pooled_keys(self, k: Tensor, size: int, layer: LayerSpec) -> Tensor:
+        """`scoring.pool_mean(k, size)`, through the state."""
+        return self.of_key_tiles(("mean", layer.idx), k, size, lambda keys, _: pool_mean(keys, size))
 
     @abstractmethod
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:

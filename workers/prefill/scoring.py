@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -95,32 +95,6 @@ def recent_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Ten
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """A small tensor from the CPU on `device`. Out of pageable memory it is copied before this returns, and nobody waits."""
     return x.to(device, non_blocking=True)
-
-
-class KeyTiles:
-    """What a method has computed of whole tiles of keys, kept from one chunk of a prompt to the next. One prompt, one method."""
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Tensor] = {}
-
-    def extended(self, name: Hashable, k: Tensor, tile: int, compute: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """`compute(k, 0)`, computed only of tiles that are new.
-
-        Args:
-            name: of these keys: the same name stands for the same layer, heads and function, with more keys each time.
-            k: [B, H, M, D]. tile: keys of a tile; the last one may be shorter, and is computed anew each time.
-            compute: (keys from the first one of some tile on, its position) -> [B, H, tiles of them, ...].
-
-        Keeps the result of the whole tiles. A chunk that was not asked for, or KV taken from a cache, is made up for once.
-        """
-        known = self._known.get(name)
-        if known is None or known.shape[1] != k.shape[1]:  # heads cut into other slabs than before
-            found = compute(k, 0)
-        else:
-            first = known.shape[2] * tile
-            found = torch.cat((known, compute(k[:, :, first:], first)), 2) if first < k.shape[2] else known
-        self._known[name] = found[:, :, : k.shape[2] // tile]
-        return found
 
 
 def pool_sum(x: Tensor, size: int) -> Tensor:

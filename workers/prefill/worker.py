@@ -214,7 +214,7 @@ class PrefillEngine:
                     self._scheduler.ran(task, work, left)
 
     def _prefill(self, task: _Task, job: PrefillJob) -> Steps:
-        method = self._method(job.method).for_prompt()
+        method = self._method(job.method)
         spec, ids = self.model.spec, list(job.token_ids[:-1])
         n = len(ids)
         context, tail = min(job.context_tokens, n), self.config.dense_tail_tokens
@@ -225,6 +225,7 @@ class PrefillEngine:
             context_tokens=planned_tokens(method, n, context, tail), chunk_tokens=chunk, is_apart=context > 0,
             use_cache=not job.no_cache, query_sample=sample,
         )  # fmt: skip
+        method = method.for_prompt(lease.segment.key_tiles)
         cached = lease.cached_tokens
         tally, break_even = Tally(), self._break_even(method)
         told = cached

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from winnow.errors import Cancelled, ContextTooLong, Draining, InvalidRequest, Overloaded, UnknownName
+from winnow.index.key_tiles import KeyTiles
 from winnow.registry import Capabilities
 from winnow.types import Document, MethodChoice
 from winnow.workers.attention.plan import TilePlan
@@ -20,7 +21,6 @@ from winnow.workers.prefill.methods.flashprefill import FlashPrefill
 from winnow.workers.prefill.methods.flexprefill import FlexPrefill
 from winnow.workers.prefill.methods.recall import Recall
 from winnow.workers.prefill.prompt import plan_passes
-from winnow.workers.prefill.scoring import KeyTiles
 from winnow.workers.ranking.base import RankContext, Ranker
 
 from .conftest import WAIT_S, Inbox, Rig, prompt, wait
@@ -290,25 +290,44 @@ def test_where_a_method_would_not_pay_its_layers_run_dense_and_the_result_says_s
     assert (forced.density < 1.0, forced.passes, forced.dense_share) == (True, {}, 0.0)
 
 
-def test_the_engine_keeps_a_methods_state_for_one_prompt_and_the_kv_is_the_same(
-    rig: MakeRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    method = FlashPrefill(dense_tail=0, block=32, sink_tiles=1, window_tiles=1, alpha=0.7)
-    pooled: list[int] = []
+@pytest.fixture
+def pooled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of keys that were pooled, one for each layer and chunk."""
+    seen: list[int] = []
 
     def counting(self: KeyTiles, name: Any, k: torch.Tensor, tile: int, compute: Any) -> torch.Tensor:
-        return extended(self, name, k, tile, lambda keys, at: (pooled.append(keys.shape[2]), compute(keys, at))[1])
+        return extended(self, name, k, tile, lambda keys, at: (seen.append(keys.shape[2]), compute(keys, at))[1])
 
     extended = KeyTiles.extended
     monkeypatch.setattr(KeyTiles, "extended", counting)
+    return seen
+
+
+def test_the_engine_keeps_a_methods_state_for_one_prompt_and_the_kv_is_the_same(
+    rig: MakeRig, pooled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = FlashPrefill(dense_tail=0, block=32, sink_tiles=1, window_tiles=1, alpha=0.7)
     ids = prompt(513)
     with_state = rig(sparse_chunk_tokens=128)
     first = with_state.run_prefill(ids, method=method, no_cache=True)
     again = with_state.run_prefill(ids, method=method, no_cache=True)
     assert pooled == [128] * 2 * 4 * 2, "of two layers, four chunks and two prompts: each key once"
-    monkeypatch.setattr(FlashPrefill, "for_prompt", lambda self: self)
+    monkeypatch.setattr(FlashPrefill, "for_prompt", lambda self, known: self)
     without = rig(sparse_chunk_tokens=128).run_prefill(ids, method=method, no_cache=True)
     assert first.density < 1.0 and torch.equal(kv_of(first), kv_of(without)) and torch.equal(kv_of(again), kv_of(without))
+
+
+def test_pooled_keys_come_with_the_kv_out_of_the_cache(rig: MakeRig, pooled: list[int]) -> None:
+    method = FlashPrefill(dense_tail=0, block=32, sink_tiles=1, window_tiles=1, alpha=0.7)
+    common = prompt(384)
+    one, other = common + prompt(129, 1), common + prompt(129, 2)
+    caching = rig(sparse_chunk_tokens=128)
+    caching.run_prefill(one, method=method)
+    pooled.clear()
+    again = caching.run_prefill(other, method=method)
+    assert again.cached_tokens == 384 and pooled == [128] * 2, "of the last chunk only, in two layers"
+    alone = rig(sparse_chunk_tokens=128).run_prefill(other, method=method)
+    assert again.density < 1.0 and torch.equal(kv_of(again), kv_of(alone))
 
 
 def test_method_by_name_and_its_mistakes(rig: MakeRig) -> None:

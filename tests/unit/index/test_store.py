@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from winnow.config import KVConfig
 from winnow.errors import InvalidRequest, LeaseLost, Overloaded, UnknownName
 from winnow.index.folder import choose_folder
-from winnow.index.segment import segment_bytes
+from winnow.index.segment import KVSegment, segment_bytes
 from winnow.index.store import Lease, SegmentStore
+from winnow.types import SegmentHandle
 
 from .kv_fill import TINY, assert_holds, fill
 
@@ -100,6 +102,49 @@ def test_a_full_hit_needs_no_prefill_and_adds_no_second_entry(store: SegmentStor
     assert (store.stats().entries, store.stats().segments) == (1, 2)
     store.release(lease.handle)
     assert (store.stats().entries, store.stats().segments) == (1, 1)
+
+
+def pooled(segment: KVSegment) -> list[int]:
+    """Make sure that the sums of a segment's keys are known, four at a time; the numbers of keys that had to be read for it."""
+    read: list[int] = []
+
+    def sums(k: torch.Tensor, _: int) -> torch.Tensor:
+        read.append(k.shape[2])
+        return torch.nn.functional.pad(k, (0, 0, 0, -k.shape[2] % 4)).unflatten(2, (-1, 4)).sum(3)
+
+    keys = segment.k(0)[None, :, : segment.n_total]
+    assert torch.equal(segment.key_tiles.extended("sums", keys, 4, sums), sums(keys, 0))
+    return read[:-1]
+
+
+def run_pooling(store: SegmentStore, tokens: list[int], **kw: Any) -> tuple[SegmentHandle, list[int]]:
+    lease = store.acquire(tokens, 4, method="m", chunk_tokens=8, **kw)
+    fill(lease.segment, tokens)
+    read = pooled(lease.segment)
+    handle = store.publish(lease)
+    store.check()
+    store.release(handle)
+    return handle, read
+
+
+def test_key_tiles_come_with_the_tokens_of_an_entry_and_count_against_the_budget(store: SegmentStore) -> None:
+    handle, read = run_pooling(store, PROMPT)
+    assert read == [23]
+    entry = store._held[handle.segment_id]
+    assert entry.tile_bytes == 5 * TINY.n_kv_heads * TINY.row_bytes, "of whole tiles"
+    assert store.stats().bytes == entry.segment.size_bytes + entry.tile_bytes
+    assert run_pooling(store, [*PROMPT[:18], 1, 2, 3])[1] == [21 - 16], "two chunks of 8 tokens are reused, four tiles of them"
+    assert run_pooling(store, [*PROMPT, 1])[1] == [24 - 16]
+    _, read = run_pooling(store, PROMPT, use_cache=False)
+    assert read == [23] and store.stats().entries == 3
+
+
+def test_key_tiles_that_do_not_fit_the_budget_are_forgotten(store: SegmentStore) -> None:
+    store.budget_bytes = segment_bytes(TINY, len(PROMPT) + 4)
+    handle, _ = run_pooling(store, PROMPT)
+    assert store.stats().bytes == store.budget_bytes and store._held[handle.segment_id].segment.key_tiles.size_bytes == 0
+    store.budget_bytes *= 2
+    assert run_pooling(store, [*PROMPT[:18], 1, 2, 3])[1] == [21], "made up for"
 
 
 def test_documents_without_a_tail_are_leased_in_place(store: SegmentStore) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -17,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from winnow.config import KVConfig
 from winnow.errors import LeaseLost, Overloaded
 from winnow.index.layout import SegmentLayout
-from winnow.index.segment import segment_bytes
+from winnow.index.segment import KVSegment, segment_bytes
 from winnow.index.store import Lease, SegmentStore
 from winnow.types import SegmentHandle
 
@@ -102,6 +103,16 @@ def salt_of(tokens: list[int], tenant: str, method: str, context: int) -> Salt:
     return (*((end, f"{tenant}/{method}/{tokens[:end]}") for end in ends), (own, f"{tenant}/{method}/{rest}"))
 
 
+def assert_pooled(segment: KVSegment) -> None:
+    """What came with the prefix and what is computed now are the sums of the segment's own keys, three at a time."""
+    keys = segment.k(0)[None, :, : segment.n_total]
+
+    def sums(k: torch.Tensor, _: int) -> torch.Tensor:
+        return torch.nn.functional.pad(k, (0, 0, 0, -k.shape[2] % 3)).unflatten(2, (-1, 3)).sum(3)
+
+    assert torch.equal(segment.key_tiles.extended("sums", keys, 3, sums), sums(keys, 0))
+
+
 class StoreMachine(RuleBasedStateMachine):
     """The model: which leases live until when, and which token sequences entries stand for."""
 
@@ -132,7 +143,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def size(self, segment_id: str) -> int:
         assert self.store.folder is not None
-        return (self.store.folder / f"{segment_id}.kv").stat().st_size
+        file = self.store.folder / f"{segment_id}.kv"
+        return file.stat().st_size + self.store._held[segment_id].segment.key_tiles.size_bytes
 
     def expire(self) -> list[Granted]:
         """The model's sweep: the leases whose time is over."""
@@ -197,6 +209,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.entries.pop(sid, None)
         if not lease.is_shared:
             fill(lease.segment, tokens, salt)
+            if method == "n" and tokens:
+                assert_pooled(lease.segment)
         if until != "written":
             self.publish_one(granted, tenant, method, context)
         if until == "released":

@@ -11,12 +11,15 @@ from method_matrix import seerattention
 from selection import LAYER
 from workloads import Shape, s7_mixture
 
+from winnow.index.key_tiles import KeyTiles
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill import scoring
 from winnow.workers.prefill.base import PrefillMethod
+from winnow.workers.prefill.methods.dhsa import DHSA
 from winnow.workers.prefill.methods.flashprefill import FlashPrefill
+from winnow.workers.prefill.methods.flexprefill import FlexPrefill
+from winnow.workers.prefill.methods.prism import Prism
 from winnow.workers.prefill.methods.xattention import XAttention
-from winnow.workers.prefill.scoring import KeyTiles
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +31,10 @@ METHODS_WITH_STATE: dict[str, Callable[[], PrefillMethod]] = {
     "flashprefill, per KV head": lambda: FlashPrefill(
         dense_tail=0, block=32, sink_tiles=1, window_tiles=1, alpha=0.5, per_kv_head=True
     ),
+    "flexprefill": lambda: FlexPrefill(gamma=0.7, tau=0.9, min_budget=32, block=32),
+    "prism": lambda: Prism(threshold=0.7, block=32),
+    "dhsa, mean keys": lambda: DHSA(mask="topk", block_q=32),
+    "dhsa, sums of keys": lambda: DHSA(mask="vsb", block_q=32),
     "seerattention": lambda: seerattention({"density": 0.4}, range(4), range(2)),
 }
 CHUNKS = {

@@ -106,7 +106,8 @@ class DHSA(TileListMethod):
         """Masks topk and a: [B, Hq, nQ, nK] bool."""
         n, m = q.shape[2], k.shape[2]
         forbidden = forbidden_tiles(n, m, self.block_q, self.block_k, q.device)
-        scores = pooled_logits(pool_mean(q, self.block_q), pool_mean(k, self.block_k), layer, forbidden, pooling=self.pooling)
+        pooled_q, pooled_k = pool_mean(q, self.block_q), self.pooled_keys(k, self.block_k, layer)
+        scores = pooled_logits(pooled_q, pooled_k, layer, forbidden, pooling=self.pooling)
         readable = (~forbidden).sum(-1)  # [nQ]
         budget = (readable * self.density).long()
         if self.mask == "topk":
@@ -139,7 +140,8 @@ class DHSA(TileListMethod):
         own = torch.arange(start // size, (m - 1) // size + 1, device=q.device)  # key tiles that hold the last rows' own keys
         belongs = torch.arange(start, m, device=q.device) // size == own[:, None]
         rows = torch.matmul(belongs.float(), q[:, :, -self.block_q :].float()).unflatten(1, (k.shape[1], -1))
-        keys = torch.nn.functional.pad(k, (0, 0, 0, -m % size)).unflatten(2, (-1, size)).sum(3, dtype=torch.float32)
+        keys = self.pooled_keys(k, size, layer)
+        keys = keys * torch.clamp(m - torch.arange(0, m, size, device=q.device), max=size)[:, None]  # sums
         scores = torch.matmul(rows, keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * layer.scale  # [B, Hq, own, nK]
         tile = torch.arange(n_k, device=q.device)
         vertical = scores.masked_fill(tile > own[:, None], 0.0).sum(2)

@@ -87,7 +87,7 @@ class FlexPrefill(TileListMethod):
         most = min(n_k, -(-self.max_budget // b)) if self.max_budget else n_k
         columns_budget, diagonals_budget = (self._budget(x).clamp(shortest, most) for x in (vertical, slash))
         column_mass, diagonal_mass = pool_sum(vertical, b), pool_sum(slash, b)
-        pooled_k = pool_mean(k, b)
+        pooled_k = self.pooled_keys(k, b, layer)
         aware = None
         if self.tau > 0:
             mean_query = q[:, :, -min(b, n) :].float().mean(2, keepdim=True)

@@ -78,7 +78,7 @@ class Prism(TileListMethod):
             mask = torch.ones_like(mask).expand(*q.shape[:2], -1, -1)
         else:
             forbidden = forbidden_tiles(n, m, b, b, q.device)
-            pooled_q, pooled_k = pool_mean(q, b), pool_mean(k, b)
+            pooled_q, pooled_k = pool_mean(q, b), self.pooled_keys(k, b, layer)
             for band in bands(q.shape[3], self.high_share, self.low_share, q.device):
                 logits = band_logits(pooled_q, pooled_k, band, layer).masked_fill(forbidden, -torch.inf)
                 mask = mask | keep_share(torch.softmax(logits, -1), self.threshold)
