@@ -29,10 +29,12 @@ from torch import Tensor
 from winnow.errors import InvalidRequest
 from winnow.workers.attention.tiles import (
     TileLists,
+    by_geometry,
     causal_intervals,
     causal_pairs,
     keys_in_tiles,
     partial_lists,
+    partial_pairs,
     tile_counts,
     tile_kinds,
 )
@@ -163,15 +165,16 @@ class TilePlan:
                 f"plan: mask must be bool [B, Hm, {n_q}, {n_k}] for {n_rows} rows and {n_keys} keys in tiles of "
                 f"{block_q}x{block_k}, got {mask.dtype} {list(mask.shape)}"
             )
-        kinds, class_ = frozenset({HeadClass.CSR}), None
         full, _, diagonal = tile_kinds(n_rows, n_keys, block_q, block_k, mask.device)
-        wanted, is_csr = mask | diagonal, torch.ones(mask.shape[:2], dtype=torch.bool, device=mask.device)
+        wanted = mask | diagonal
+        heads = _csr_heads(*mask.shape[:2], n_rows, n_keys, block_q, block_k, mask.device)
+        kinds, class_, partial = frozenset({HeadClass.CSR}), heads.head_class, heads.partial
         if head_class is not None:
             kinds = frozenset(HeadClass(int(c)) for c in head_class.unique())
             class_ = head_class.to(mask.device, torch.int8)
             is_csr = class_ == HeadClass.CSR
             full = full & is_csr[:, :, None, None]
-        zeros = torch.zeros(mask.shape[:2], dtype=torch.int32, device=mask.device)
+            partial = partial_lists(n_rows, n_keys, block_q, block_k, is_csr)
         if token_columns is not None:
             token_columns = keys_in_tiles(token_columns, ~wanted & full, block_k, n_keys)
         if row_intervals is not None:
@@ -181,11 +184,11 @@ class TilePlan:
             n_keys,
             block_q,
             block_k,
-            class_ if class_ is not None else torch.full_like(zeros, HeadClass.CSR, dtype=torch.int8),
+            class_,
             TileLists.from_mask(wanted & full),
-            partial_lists(n_rows, n_keys, block_q, block_k, is_csr),
-            sink.to(mask.device, torch.int32) if sink is not None else zeros,
-            recent.to(mask.device, torch.int32) if recent is not None else zeros + 1,
+            partial,
+            sink.to(mask.device, torch.int32) if sink is not None else heads.sink,
+            recent.to(mask.device, torch.int32) if recent is not None else heads.recent,
             kinds,
             token_columns,
             mean_correction,
@@ -286,19 +289,16 @@ class TilePlan:
         """[B, Hm] int64: (query, key) pairs that each mask head reads, exact. Does not wait for the device."""
         n, m, device = self.n_rows, self.n_keys, self.device
         offset, heads = m - n, self.batch * self.mask_heads
-        first = torch.arange(self.n_q_tiles, device=device) * self.block_q
-        height = torch.clamp(first + self.block_q, max=n) - first
+        height = torch.full((self.n_q_tiles,), self.block_q, device=device)
+        height[-1] -= -n % self.block_q
         # a full tile is whole, and read by all rows of its query tile: their numbers are enough
         total = (self.full.counts().view(heads, -1) * height).sum(-1) * self.block_k
-        row, here = self.partial.row_of_ids(), torch.arange(self.partial.ids.numel(), device=device) < self.partial.offsets[-1]
-        start = self.partial.ids.long() * self.block_k
-        p0 = first[row % self.n_q_tiles] + offset - start
-        pairs = causal_pairs(p0, p0 + height[row % self.n_q_tiles] - 1, torch.clamp(start + self.block_k, max=m) - start)
-        # ids beyond the last row lie in no head's part
-        total = total.index_add(0, torch.clamp(row // self.n_q_tiles, max=heads - 1), torch.where(here, pairs, 0))
         if self.token_columns is not None:
             total = total + (self.token_columns.counts().view(heads, -1) * height).sum(-1)
         total = total.view(self.batch, self.mask_heads)
+        if HeadClass.CSR in self.kinds:
+            partial = partial_pairs(n, m, self.block_q, self.block_k, device)
+            total = total + (partial if len(self.kinds) == 1 else partial * (self.head_class == HeadClass.CSR))
         if self.kinds & {HeadClass.DENSE, HeadClass.STREAMING}:
             budget = torch.where(self.head_class == HeadClass.STREAMING, self.sink.long() + self.recent.long(), m)
             ends = torch.arange(2, device=device) * (n - 1) + offset
@@ -323,3 +323,27 @@ class TilePlan:
         from winnow.workers.attention import invariants  # which needs this module
 
         invariants.check(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _CSRHeads:
+    """What plans of one geometry have in common where all heads read lists. Shared between plans: not to be written."""
+
+    head_class: Tensor
+    partial: TileLists
+    sink: Tensor
+    recent: Tensor
+
+
+@by_geometry
+def _csr_heads(
+    batch: int, heads: int, n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device
+) -> _CSRHeads:  # fmt: skip
+    is_csr = torch.ones(batch, heads, dtype=torch.bool, device=device)
+    none = torch.zeros(batch, heads, dtype=torch.int32, device=device)
+    return _CSRHeads(
+        torch.full_like(none, HeadClass.CSR, dtype=torch.int8),
+        partial_lists(n_rows, n_keys, block_q, block_k, is_csr),
+        none,
+        torch.ones_like(none),
+    )

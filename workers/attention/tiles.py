@@ -5,14 +5,28 @@ N query rows, M >= N keys, right-aligned: row i sits at position p = i + (M - N)
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from winnow.errors import InvalidRequest
 from winnow.workers.attention.kernels import kernel_module
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def by_geometry(make: Callable[P, T]) -> Callable[P, T]:
+    """Keep the last four results of a function of sizes and a device: all layers of a chunk ask for the same.
+
+    On an accelerator such small tensors cost the host more time than the device. Results are shared: nobody writes to them.
+    """
+    # as if made outside of inference mode: training reads them too
+    return cast("Callable[P, T]", functools.lru_cache(maxsize=4)(torch.inference_mode(False)(make)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,14 +182,24 @@ def tile_counts(n_rows: int, n_keys: int, block_q: int, block_k: int) -> tuple[i
     return -(-n_rows // block_q), -(-n_keys // block_k)
 
 
+@by_geometry
 def tile_kinds(n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
-    """Three masks [nQ, nK] bool: full, partial, and diagonal (holds some row's own key; full or partial)."""
+    """Three masks [nQ, nK] bool: full, partial, and diagonal (holds some row's own key; full or partial). Not to be written."""
     _, n_k = tile_counts(n_rows, n_keys, block_q, block_k)
     p0, p1 = (x[:, None] for x in tile_positions(n_rows, n_keys, block_q, block_k, device))
     start = torch.arange(n_k, device=device) * block_k
     end = start + block_k - 1
     full = end <= p0
     return full, (start <= p1) & ~full, (start <= p1) & (end >= p0)
+
+
+@by_geometry
+def partial_pairs(n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str) -> Tensor:
+    """int64: causal pairs in a head's partial tiles. Not to be written."""
+    _, partial, _ = tile_kinds(n_rows, n_keys, block_q, block_k, device)
+    start = torch.arange(partial.shape[1], device=device) * block_k
+    p0, p1 = (x[:, None] - start for x in tile_positions(n_rows, n_keys, block_q, block_k, device))
+    return (causal_pairs(p0, p1, torch.clamp(start + block_k, max=n_keys) - start) * partial).sum()
 
 
 def causal_pairs(first: Tensor, last: Tensor, width: Tensor) -> Tensor:

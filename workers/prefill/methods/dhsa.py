@@ -13,7 +13,7 @@ from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.rope_bands import check_pooling, pooled_logits
-from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, keep_top, pool_max, pool_mean, recent_mass
+from winnow.workers.prefill.scoring import forbidden_tiles, keep_top, pool_max, pool_mean, recent_mass, sink_and_own_tiles
 
 MASKS = ("topk", "a", "vs", "vsb")
 
@@ -112,8 +112,7 @@ class DHSA(TileListMethod):
         budget = (readable * self.density).long()
         if self.mask == "topk":
             return keep_top(scores, budget.clamp(min=1))
-        forced = diagonal_tiles(n, m, self.block_q, self.block_k, q.device)
-        forced[:, 0] = True
+        forced = sink_and_own_tiles(n, m, self.block_q, self.block_k, q.device)
         return keep_top(scores.masked_fill(forced, torch.inf), torch.maximum(budget, forced.sum(-1)))
 
     def _by_tokens(self, q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:

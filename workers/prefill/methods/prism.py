@@ -13,7 +13,7 @@ from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.rope_bands import HIGH_SHARE, LOW_SHARE, band_logits, bands
-from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, keep_share, pool_mean
+from winnow.workers.prefill.scoring import forbidden_tiles, keep_share, pool_mean, sink_and_own_tiles
 
 
 @prefill_methods.register("prism")
@@ -72,8 +72,7 @@ class Prism(TileListMethod):
         n, m, b = q.shape[2], k.shape[2], self.block
         if m <= 2 * b or 0 < layer.window < m:
             return None
-        mask = diagonal_tiles(n, m, b, b, q.device)
-        mask[:, 0] = True
+        mask = sink_and_own_tiles(n, m, b, b, q.device)
         if self.threshold >= 1.0:  # sums round to just above or below 1
             mask = torch.ones_like(mask).expand(*q.shape[:2], -1, -1)
         else:

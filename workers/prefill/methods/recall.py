@@ -11,16 +11,17 @@ from winnow.errors import InvalidRequest
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
+from winnow.workers.attention.tiles import by_geometry
 from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.quality import sample_rows
 from winnow.workers.prefill.scoring import (
     SLAB_BYTES,
-    diagonal_tiles,
     keep_share,
     on_device,
     pool_sum,
     quick_logits,
     score_kernels,
+    sink_and_own_tiles,
 )
 
 # Shares of a scorer's own mass that are tried, from its forced tiles alone to everything: finer where little is left out.
@@ -98,13 +99,11 @@ class Recall(TileListMethod):
         if self.recall >= 1.0 or m <= 2 * b or 0 < layer.window < m:
             return None
         shares = tile_shares(q, k, layer, b, min(self.every, b), self.seed)
-        forced = diagonal_tiles(n, m, b, b, q.device)
-        for _ in range(self.window_tiles):
-            forced[:, :-1] |= forced[:, 1:].clone()
-        forced[:, 0] = True
-        sampled = sample_rows(n, self.rows, self.seed + 1, q.device)  # others than those that score
+        forced = sink_and_own_tiles(n, m, b, b, q.device, self.window_tiles)
+        sampled = _sampled_rows(n, self.rows, self.seed + 1, q.device)  # others than those that score
         mass = tile_mass(q, k, layer, sampled, b)  # [B, Hq, rows, nK]
-        share = self._threshold(shares[:, :, sampled // b], forced[sampled // b], mass)
+        tiles = sampled // b
+        share = self._threshold(shares[:, :, tiles], forced[tiles], mass)
         wanted = share.unsqueeze(-1) - (shares * forced).sum(-1)
         mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced | (share >= 1.0)[..., None, None]
         return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)
@@ -119,7 +118,7 @@ class Recall(TileListMethod):
         ordered = shares.gather(-1, order)
         before = ordered.cumsum(-1) - ordered
         held = mass.gather(-1, order).cumsum(-1)
-        tried = on_device(torch.tensor(_TRIED), shares.device)
+        tried = _tried(shares.device)
         count = torch.searchsorted(before.contiguous(), tried.expand(*before.shape[:-1], -1).contiguous())
         count = torch.maximum(count, forced.sum(-1)[:, None])
         recalls = held.gather(-1, count.clamp(min=1) - 1)  # [B, Hq, rows, tried]
@@ -129,6 +128,16 @@ class Recall(TileListMethod):
         return tried[enough.int().argmax(-1)]
 
 
+@by_geometry
+def _tried(device: torch.device) -> Tensor:
+    """`_TRIED`, [T] float32."""
+    return on_device(torch.tensor(_TRIED), device)
+
+
+_sampled_rows = by_geometry(sample_rows)
+
+
+@by_geometry
 def scored_rows(n: int, every: int, seed: int, device: torch.device) -> Tensor:
     """Rows, int64, ascending: one drawn evenly from each `every` rows, the last of which may be fewer. Drawn on the CPU."""
     first = torch.arange(0, n, every)

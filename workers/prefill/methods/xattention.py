@@ -12,7 +12,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.base import TileListMethod, prefill_methods
-from winnow.workers.prefill.scoring import diagonal_tiles, keep_share, quick_logits, score_kernels, slabs
+from winnow.workers.prefill.scoring import keep_share, quick_logits, score_kernels, sink_and_own_tiles, slabs
 
 
 @prefill_methods.register("xattention")
@@ -76,8 +76,7 @@ class XAttention(TileListMethod):
             mask = torch.ones(*q.shape[:2], -(-n // b), -(-m // b), dtype=torch.bool, device=q.device)
             return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)
         shares = self.tile_shares(q, k, layer)
-        forced = diagonal_tiles(n, m, b, b, q.device)
-        forced[:, 0] = True
+        forced = sink_and_own_tiles(n, m, b, b, q.device)
         wanted = self.threshold * shares.sum(-1) - (shares * forced).sum(-1)
         mask = keep_share(shares.masked_fill(forced, 0.0), wanted) | forced
         return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=b, block_k=b, mean_correction=self.correction)
