@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from paths import ensure_importable
 
 ensure_importable()
-from prefill_h100 import Case, compared, failed, in_memory_order, quietly_write, run_plan, timed_ms, without_time
+from prefill_h100 import Case, Queue, compared, failed, in_memory_order, quietly_write, run_plan, without_time
 from results import Row, row
 from spine_h100 import build, wait
 from workloads import Shape, model_like
@@ -106,7 +106,9 @@ def structured(decoder: Decoder, bank: list[Draw]) -> Iterator[None]:
         decoder.mixers = before
 
 
-def operating_point(ladder: tuple[str, ...], model: LoadedModel, bank: list[Draw], chunk: int) -> tuple[PrefillMethod, str]:
+def operating_point(
+    ladder: tuple[str, ...], model: LoadedModel, bank: list[Draw], chunk: int, queue: Queue
+) -> tuple[PrefillMethod, str]:
     """The first setting that reaches RECALL when each chunk is planned by itself, and the note of its row."""
     layer, note = model.spec.layers[0], ""
     for spec in ladder:
@@ -127,8 +129,9 @@ def operating_point(ladder: tuple[str, ...], model: LoadedModel, bank: list[Draw
                 kept += pairs * (plan.density() if plan is not None else 1.0)
                 causal += pairs
                 if own is bank[-1]:
-                    selection += statistics.median(timed_ms(lambda m=method, c=case: m.plan(c.q, c.k, layer), 3))  # type: ignore[misc]
-                    attention += statistics.median(timed_ms(lambda p=plan, c=case: run_plan(p, c), 3))  # type: ignore[misc]
+                    for_rows = partial(queue.ms, rows=end - start, n=3)
+                    selection += statistics.median(for_rows(partial(method.plan, case.q, case.k, layer)))
+                    attention += statistics.median(for_rows(partial(run_plan, plan, case)))
         if kept == causal:
             return method, f"{spec}: left dense"
         note = (
@@ -170,7 +173,7 @@ def main() -> None:
     spec = model.spec
     layout = SegmentLayout(spec.n_layers, spec.n_kv_heads, spec.head_size, "bf16")
     store = SegmentStore(layout, model.fingerprint, KVConfig(budget_bytes=40 << 30), "bench", 1, "here", device="cuda")
-    rows: list[Row] = []
+    rows, queue = list[Row](), Queue()
     dense = prefill_methods.create("dense", {})
     generator = torch.Generator().manual_seed(1)
     # each method runs in every layer, also where dense is faster
@@ -203,7 +206,8 @@ def main() -> None:
                         skipped.append(at.removeprefix(f"ttft/{n}/"))
                         continue
                     try:
-                        method, note = operating_point(LADDERS[name], model, bank, sparse_chunk_tokens(own, model.decoder.device))
+                        chunk = sparse_chunk_tokens(own, model.decoder.device)
+                        method, note = operating_point(LADDERS[name], model, bank, chunk, queue)
                         with PrefillEngine(model, store, own) as sparse:
                             seconds, result = seconds_of(sparse, store, ids, method, repeats)
                     except Exception as error:  # one method that fails ends itself only

@@ -232,6 +232,12 @@ def test_every_stride_is_honoured(device: str) -> None:
     compare(make_plan(device, 40, 40, 16, 16, batch=2, heads=3), q, k, v)
 
 
+def test_output_lies_as_the_next_product_reads_it(device: str) -> None:
+    q, k, v = make(device, torch.float16, 40, 40)
+    out, _ = tile_attention(make_plan(device, 40, 40, 16, 16), q, k, v, scale=SCALE)
+    assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+
+
 def test_offsets_beyond_31_bits(device: str) -> None:
     """The second head lies 2**31 elements after the first. Only the touched pages of the buffer exist."""
     far = 2**31 + 64

@@ -247,7 +247,7 @@ def tile_attention(
         plan: on q's device, heads of any class.
         q: [B, Hq, N, D]; k, v: [B, Hkv, M, D]; float32, float16 or bfloat16; copied only if their innermost stride is not 1.
         out, lse: where to write: [B, Hq, N, D] of q's dtype with innermost stride 1, and [B, Hq, N] float32 contiguous.
-            Every element is written. None = allocated.
+            Every element is written. None = allocated, out with tokens before heads.
 
     Returns:
         (out, lse).
@@ -258,7 +258,8 @@ def tile_attention(
     check_dtype(q.dtype)
     choice = Launch.choose(q.dtype, q.shape[3], plan.block_q, plan.block_k)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if out is None:  # what follows attention takes all heads of a token together
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if lse is None else lse
     lists = lower(plan)
     if (
