@@ -42,12 +42,13 @@ VIEWS: dict[str, tuple[View, ...]] = {
     ),
     "prefill_h100": (
         View(
-            r"prefill/131072/model-like/([^/]+)/(selection_ms|attention_ms|density|recall)",
+            r"prefill/131072/model-like/([^/]+)/(selection_ms|attention_ms|density|recall|error)",
             r"\1",
             r"\2",
-            "131,072 keys of the workload `model-like`; times over cuDNN dense attention. `dhsa-v1`, `duoattention` and "
-            "`seerattention` run with random parameters here: their times mean something, their recall does not",
-            ("density", "recall"),
+            "131,072 keys of the workload `model-like`; times over cuDNN dense attention, error of the output over the norm of "
+            "dense's. `dhsa-v1`, `duoattention` and `seerattention` run with random parameters here: their times mean something, "
+            "their recall does not",
+            ("density", "recall", "error"),
         ),
         View(
             r"prefill/32768/(S[2347])/([^/]+)/(recall|density)",
@@ -84,16 +85,6 @@ VIEWS: dict[str, tuple[View, ...]] = {
             "method in every layer, whether that pays or not",
         ),
     ),
-    "quality_8064_cpu": (
-        View(
-            r"quality/8064/([^/]+)/(score|perplexity|recall|density)",
-            r"\1",
-            r"\2",
-            "8,064 tokens on a CPU, the methods that `quality` has not there: score and perplexity over dense, recall, density; "
-            "four or five prompts, too few to tell scores apart",
-            ("recall", "density"),
-        ),
-    ),
     "quality_default": (
         View(
             r"quality/(2048|4096|8064|all)/([^/]+)/(score|perplexity|density)",
@@ -128,10 +119,10 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"quality/(2048|4096|8064)/([^/]+)/(score|recall|density)",
             r"\2",
             r"\3 \1",
-            "score over dense, recall, density, by length, in chunks of 4,096 tokens, the last 128 of a prompt dense. 107 "
-            "prompts at 2,048 and at 4,096 tokens (standard error .01 to .03), mostly 46 at 8,064 (.04 to .06) for `dhsa`, "
-            "`sale`, `seerattention`, `recall`, its .95 and .98, and the last variant of the methods that have several; 17 and 2 "
-            "for the rest, too few to tell them apart",
+            "score over dense, recall, density, by length, in chunks of 4,096 tokens, the last 128 of a prompt dense. 131 "
+            "prompts at 2,048 and at 4,096 tokens (standard error .01 to .03), 67 at 8,064 (.03 to .04) for `dhsa`, `sale`, "
+            "`seerattention`, `recall`, its .95 and .98, and the last variant of the methods that have several; 17 and 7 for the "
+            "rest (`sea` 2), too few to tell their scores apart",
             ("recall", "density"),
         ),
     ),
