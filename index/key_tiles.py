@@ -50,7 +50,8 @@ class KeyTiles:
 
     def move(self, device: torch.device) -> None:
         """Keep it there from now on, in no more memory than `size_bytes` says."""
-        self._known = {name: (tile, found.contiguous().to(device)) for name, (tile, found) in self._known.items()}
+        # cloned: a slice of whole tiles keeps the memory of the ragged one behind them
+        self._known = {name: (tile, found.clone().to(device)) for name, (tile, found) in self._known.items()}
 
     def clear(self) -> None:
         """Forget everything."""

@@ -7,7 +7,7 @@ same shape in the same run, and `executor/<N>/<density>/<tile>` (TFLOP/s on kept
 a file of the first kind; where it is missing, what costs.json holds of the device is kept.
 
 Coefficients are not negative and minimise the relative error (`workers/prefill/costs.py` has the formulas). Selection and
-attention are fitted per method, all its variants together; where its cells are few, attention is also fitted to them and the
+attention are fitted per method and the parameters of it that are words, whatever the others; where its cells are few, attention is also fitted to them and the
 executor's, whichever predicts better. A method's margin is then the smallest of 1.00, 1.01, ... 3.00 that makes up for what
 its cells took longer than predicted, in the median, and with which none of them, predicted from its own density, costs more
 than dense by 2 %: one less than is promised.
@@ -35,7 +35,7 @@ ensure_importable()
 
 from winnow.registry import parse_spec
 from winnow.workers.prefill.base import prefill_methods
-from winnow.workers.prefill.costs import FILE, Coefficients, DeviceCosts, MethodCosts, Size
+from winnow.workers.prefill.costs import FILE, Coefficients, DeviceCosts, MethodCosts, Size, variant_of
 
 RESULTS = Path(__file__).parent / "results"
 ALLOWED = 1.02
@@ -54,9 +54,9 @@ DEVICES: dict[str, tuple[tuple[str, ...], int, int]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured (shape, method, plan). For a plan made up to measure the executor, selection_ms is None and method ""."""
+    """One measured (shape, method, plan). For a plan made up to measure the executor, selection_ms is None and variant ""."""
 
-    method: str
+    variant: str
     spec: str
     workload: str
     size: Size
@@ -84,7 +84,7 @@ def _prefill_cells(rows: list[dict[str, Any]], heads: int, head_size: int) -> It
         n, _, m = at.partition("of")
         size = Size(int(n), int(m or n), heads, head_size)
         yield Cell(
-            spec.partition(":")[0], spec, workload, size, cell["density"]["value"], cell["attention_ms"]["control_value"],
+            variant_of(full_spec(spec)), spec, workload, size, cell["density"]["value"], cell["attention_ms"]["control_value"],
             cell["attention_ms"]["value"], cell["selection_ms"]["value"],
         )  # fmt: skip
 
@@ -132,8 +132,8 @@ def fit_device(cells: Sequence[Cell]) -> DeviceCosts:
         raise ValueError("no prefill cells: run the benchmark first")
     dense = fit([c.size.attended(1.0) for c in cells], [c.dense_ms for c in cells])
     methods: dict[str, MethodCosts] = {}
-    for name in sorted({c.method for c in chosen}):
-        own = [c for c in chosen if c.method == name]
+    for name in sorted({c.variant for c in chosen}):
+        own = [c for c in chosen if c.variant == name]
         selection = fit([c.size.selected() for c in own], [c.selection_ms or 0.0 for c in own])
         least = min(c.size.attended(1.0)[0] for c in own)
         found = []
@@ -141,19 +141,19 @@ def fit_device(cells: Sequence[Cell]) -> DeviceCosts:
             # few densities at few lengths leave open what depends on which: a pair read costs about what it costs dense
             least_pair = (PAIR_FLOOR * dense[0], 0.0, 0.0)
             attention = fit([c.size.attended(c.density) for c in runs], [c.attention_ms for c in runs], least_pair)
-            found.append(with_margin(MethodCosts(attention, selection, 1.0, least, usual_densities(name, own)), dense, own))
+            found.append(with_margin(MethodCosts(attention, selection, 1.0, least, usual_densities(own)), dense, own))
         methods[name] = min(found, key=lambda m: m.margin)  # a method that does more than run a plan is not like the executor
     return DeviceCosts(dense, methods)
 
 
-def usual_densities(method: str, cells: Sequence[Cell]) -> dict[str, tuple[tuple[int, float], ...]]:
+def usual_densities(cells: Sequence[Cell]) -> dict[str, tuple[tuple[int, float], ...]]:
     """By parameters and length, medians on the structured workload (else on all of them). Where the method was not measured as it
     comes, the densest stands for it: expecting too little would try what does not pay."""
     whole = [c for c in cells if c.size.rows == c.size.keys]
     own = next((found for kind in STRUCTURED if (found := [c for c in whole if c.workload.startswith(kind)])), whole)
     by_params: dict[str, list[Cell]] = {}
     for c in own:
-        by_params.setdefault(changed_params(c.spec), []).append(c)
+        by_params.setdefault(full_spec(c.spec).partition(":")[2], []).append(c)
     found = {}
     if "" not in by_params:
         found[""] = _by_length(own, max)
@@ -166,11 +166,10 @@ def _by_length(cells: Sequence[Cell], typical: Callable[[Iterator[float]], float
     return tuple((n, typical(c.density for c in cells if c.size.keys == n)) for n in lengths)
 
 
-def changed_params(spec: str) -> str:
-    """The parameters that are not at their defaults, as `PrefillMethod.spec` has them."""
+def full_spec(spec: str) -> str:
+    """With the parameters that are not at their defaults, as `PrefillMethod.spec` has them."""
     name, params = parse_spec(spec)
-    known = name in prefill_methods.names()
-    return (prefill_methods.create(name, params).spec if known else spec).partition(":")[2]
+    return prefill_methods.create(name, params).spec if name in prefill_methods.names() else spec
 
 
 def with_margin(costs: MethodCosts, dense: Coefficients, cells: Sequence[Cell]) -> MethodCosts:
@@ -213,13 +212,13 @@ def to_json(costs: DeviceCosts) -> dict[str, Any]:
 def describe(costs: DeviceCosts, cells: Sequence[Cell]) -> Iterator[str]:
     """One line a method: how well it is predicted, and what its choices cost and gain on the measured cells."""
     for name, m in costs.methods.items():
-        own = [c for c in cells if c.selection_ms is not None and name == c.method]
+        own = [c for c in cells if c.selection_ms is not None and name == c.variant]
         off = [((m.selection_ms(c.size) + m.attention_ms(c.size, c.density)) / m.margin)
                / ((c.selection_ms or 0.0) + c.attention_ms) - 1 for c in own]  # fmt: skip
         ratios = [cost_of_choice(m, costs.dense, c) for c in own]
         best = [min(1.0, ((c.selection_ms or 0.0) + c.attention_ms) / c.dense_ms) for c in own]
         yield (
-            f"{name:16} {len(own):4} cells  predicted within {min(off):+.0%} .. {max(off):+.0%}  margin {m.margin:.2f}  "
+            f"{name:44} {len(own):4} cells  predicted within {min(off):+.0%} .. {max(off):+.0%}  margin {m.margin:.2f}  "
             f"over dense: worst choice {max(ratios):.3f}, mean {statistics.mean(ratios):.3f}, best {statistics.mean(best):.3f}"
         )
 

@@ -19,7 +19,7 @@ from winnow.errors import InvalidRequest
 from winnow.workers.attention import blocks
 from winnow.workers.attention.estimates import log_weights, pooled_tiles
 from winnow.workers.attention.plan import HeadClass, TilePlan
-from winnow.workers.attention.tiles import TileLists, tile_kinds
+from winnow.workers.attention.tiles import TileLists, partial_tiles
 
 _GATHER_BYTES = 8 << 20  # keys gathered at once: about what the last cache level holds beside their values
 
@@ -156,7 +156,7 @@ def _merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Non
 
 def _check_partial(plan: TilePlan) -> None:
     """A plan that leaves out tiles its geometry demands was not built by a constructor; running it would read them anyway."""
-    implied = int(tile_kinds(plan.n_rows, plan.n_keys, plan.block_q, plan.block_k, "cpu")[1].sum())
+    implied = int(partial_tiles(plan.n_rows, plan.n_keys, plan.block_q, plan.block_k, plan.device)[1].sum())
     listed, csr = int(plan.partial.offsets[-1]), int((plan.head_class == HeadClass.CSR).sum())
     if listed != implied * csr:
         raise InvalidRequest(f"plan: lists {listed} partial tiles, not the {implied * csr} it must; use TilePlan.from_mask")

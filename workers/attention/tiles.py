@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +18,36 @@ from winnow.errors import InvalidRequest
 from winnow.workers.attention.kernels import kernel_module
 
 P, T = ParamSpec("P"), TypeVar("T")
+_MOST_KEPT_BYTES = 32 << 20
 
 
 def by_geometry(make: Callable[P, T]) -> Callable[P, T]:
     """Keep the last four results of a function of sizes and a device: all layers of a chunk ask for the same.
 
-    On an accelerator such small tensors cost the host more time than the device. Results are shared: nobody writes to them.
+    On an accelerator such small tensors cost the host more time than the device. Large ones are made anew each time, so that
+    tiles of one key do not hold maps of a whole prompt. Results are shared: nobody writes to them.
     """
-    # as if made outside of inference mode: training reads them too
-    return cast("Callable[P, T]", functools.lru_cache(maxsize=4)(torch.inference_mode(False)(make)))
+    kept: dict[Any, T] = {}
+
+    @functools.wraps(make)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        key = (args, *kwargs.items())
+        if key in kept:
+            return kept[key]
+        with torch.inference_mode(False):  # training reads them too
+            found = make(*args, **kwargs)
+        if _nbytes(found) <= _MOST_KEPT_BYTES:
+            kept[key] = found
+            for oldest in list(kept)[:-4]:
+                kept.pop(oldest, None)  # another thread may have been here
+        return found
+
+    return call
+
+
+def _nbytes(x: Any) -> int:
+    """Of the tensors in a tensor, a tuple or a dataclass."""
+    return int(x.nbytes) if isinstance(x, Tensor) else sum(map(_nbytes, x if isinstance(x, tuple) else vars(x).values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,19 +157,24 @@ def _kernels() -> ModuleType:
 def partial_lists(n_rows: int, n_keys: int, block_q: int, block_k: int, heads: Tensor) -> TileLists:
     """The partial tiles of every query tile, from the geometry alone: the same for all heads that have lists.
 
-    They are the tiles from the one that holds key p0 + 1 up to the one of position p1.
-
     Args:
         heads: [..., Hm] bool, which heads have lists. Leading axes and Hm are flattened into the rows' outer order.
 
     Returns:
         heads.numel() * nQ rows. Does not wait for the device.
     """
-    p0, p1 = tile_positions(n_rows, n_keys, block_q, block_k, heads.device)
-    most = (block_q - 2) // block_k + 2
-    ids = ((p0 + 1) // block_k)[:, None] + torch.arange(most, device=heads.device)
-    valid = (ids <= (p1 // block_k)[:, None]) & heads.reshape(-1, 1, 1)
+    ids, valid = partial_tiles(n_rows, n_keys, block_q, block_k, heads.device)
+    valid = valid & heads.reshape(-1, 1, 1)
     return TileLists.from_ids(ids.expand(valid.shape), valid)
+
+
+def partial_tiles(
+    n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[nQ, most] each: key tiles, int64, from the one that holds key p0 + 1; and whether they begin at p1 or before."""
+    p0, p1 = tile_positions(n_rows, n_keys, block_q, block_k, device)
+    ids = ((p0 + 1) // block_k)[:, None] + torch.arange((block_q - 2) // block_k + 2, device=device)
+    return ids, ids <= (p1 // block_k)[:, None]
 
 
 def tile_positions(n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -196,10 +222,10 @@ def tile_kinds(n_rows: int, n_keys: int, block_q: int, block_k: int, device: tor
 @by_geometry
 def partial_pairs(n_rows: int, n_keys: int, block_q: int, block_k: int, device: torch.device | str) -> Tensor:
     """int64: causal pairs in a head's partial tiles. Not to be written."""
-    _, partial, _ = tile_kinds(n_rows, n_keys, block_q, block_k, device)
-    start = torch.arange(partial.shape[1], device=device) * block_k
+    tile, valid = partial_tiles(n_rows, n_keys, block_q, block_k, device)
+    start = tile * block_k
     p0, p1 = (x[:, None] - start for x in tile_positions(n_rows, n_keys, block_q, block_k, device))
-    return (causal_pairs(p0, p1, torch.clamp(start + block_k, max=n_keys) - start) * partial).sum()
+    return (causal_pairs(p0, p1, torch.clamp(start + block_k, max=n_keys) - start) * valid).sum()
 
 
 def causal_pairs(first: Tensor, last: Tensor, width: Tensor) -> Tensor:

@@ -6,6 +6,9 @@
 
 pairs: causal (query, key) pairs x query heads x head size, in 1e9; rows and keys: their number x query heads x head size, in
 1e6. So heads of another number or size scale with the work. `tests/bench/fit_costs.py` makes costs.json; see there for how.
+
+A method has its costs by name, and by name and the parameters that are words ("flashprefill:correction=true"): those choose
+what is run, and numbers how much of it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Any
 
 import torch
 
+from winnow.registry import parse_spec
+from winnow.types import MethodChoice
 from winnow.workers.attention.backend import LayerSpec
 
 FILE = Path(__file__).with_name("costs.json")
@@ -87,10 +92,14 @@ class MethodCosts:
 
 @dataclass(frozen=True)
 class DeviceCosts:
-    """Costs on one kind of device, of the methods that were measured there, by name."""
+    """Costs on one kind of device, of the methods that were measured there, by `variant_of` their spec."""
 
     dense: Coefficients
     methods: Mapping[str, MethodCosts]
+
+    def of(self, spec: str) -> MethodCosts | None:
+        """Of a `PrefillMethod.spec`: of its variant, else of the method as it comes; None = not measured."""
+        return self.methods.get(variant_of(spec)) or self.methods.get(spec.partition(":")[0])
 
     def dense_ms(self, size: Size) -> float:
         return _dot(self.dense, size.attended(1.0))
@@ -105,6 +114,20 @@ class DeviceCosts:
             for name, m in data["methods"].items()
         }  # fmt: skip
         return cls(_three(data["dense"]), methods)
+
+
+def variant_of(spec: str) -> str:
+    """A `PrefillMethod.spec` without the parameters that are numbers."""
+    name, params = parse_spec(spec)
+    return MethodChoice(name, {key: value for key, value in params.items() if not _is_number(value)}).spec
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def costs_of(device: torch.device, dtype: torch.dtype, file: Path = FILE) -> DeviceCosts | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.kernels import kernel_module
-from winnow.workers.attention.tiles import by_geometry
+from winnow.workers.attention.tiles import by_geometry, tile_kinds
 
 SLAB_BYTES = 1 << 30  # most scores that a selector holds at once
 
@@ -120,19 +120,13 @@ def pool_mean(x: Tensor, size: int) -> Tensor:
 @by_geometry
 def forbidden_tiles(n: int, m: int, block_q: int, block_k: int, device: torch.device | str) -> Tensor:
     """[nQ, nK] bool: key tiles that begin after the last position of a query tile, right-aligned. Not to be written."""
-    n_q, n_k = -(-n // block_q), -(-m // block_k)
-    last = torch.clamp(torch.arange(1, n_q + 1, device=device) * block_q, max=n) - 1 + (m - n)
-    return torch.arange(n_k, device=device) * block_k > last[:, None]
+    full, partial, _ = tile_kinds(n, m, block_q, block_k, device)
+    return ~(full | partial)
 
 
-@by_geometry
 def diagonal_tiles(n: int, m: int, block_q: int, block_k: int, device: torch.device | str) -> Tensor:
     """[nQ, nK] bool: key tiles that hold the own key of some row of the query tile. They are part of every plan. As above."""
-    n_q, n_k = -(-n // block_q), -(-m // block_k)
-    first = torch.arange(n_q, device=device) * block_q + (m - n)
-    last = torch.clamp(first + block_q, max=m) - 1
-    tile = torch.arange(n_k, device=device)
-    return (tile >= (first // block_k)[:, None]) & (tile <= (last // block_k)[:, None])
+    return tile_kinds(n, m, block_q, block_k, device)[2]
 
 
 @by_geometry
