@@ -71,7 +71,7 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     """ "all", or indices and ranges such as "0,4,10-12", ascending; negative ones count from the end.
 
     Raises:
-        InvalidRequest: not such a list, or a layer the model does not have.
+        InvalidRequest: not such a list, a range that ends below its start, or a layer the model does not have.
     """
     if text.strip() == "all":
         return list(range(n_layers))
@@ -82,6 +82,8 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
             low, high = (int(first), int(last)) if dash else (int(item), int(item))
         except ValueError:
             raise InvalidRequest(f"--layers: expected all, or a list like 0,4,10-12, got {text!r:.40}") from None
+        if high < low:
+            raise InvalidRequest(f"--layers: the range {item.strip()!r:.40} ends below its start; write {high}-{low}")
         found |= {layer + n_layers if layer < 0 else layer for layer in range(low, high + 1)}
     wrong = [layer for layer in found if not 0 <= layer < n_layers]
     if wrong or not found:

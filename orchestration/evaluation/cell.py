@@ -106,6 +106,7 @@ def run_cell(
     kept = prompt.scored_tokens + 1  # the row that predicts the first scored token, and those after it
     _settle(decoder.device)
     began = time.perf_counter()
+    method = method.for_prompt(segment.key_tiles)  # as serving does: chunks pool their own keys only
     passes = plan_passes(method, n, 0, 0, chunk_tokens, tail_tokens)  # those that serving uses
     hidden = _prefill(
         model, segment, ids, passes, kept, lambda one: PrefillBackend(segment, one.start, one.method, tally, one.planned)
@@ -122,6 +123,7 @@ def run_cell(
     measured = None
     if n_rows:
         segment.truncate(0)
+        segment.key_tiles.clear()  # this prefill too computes them, so that selection has its whole time
         recorder = Recorder(n, n_rows, map_at)
         again = Tally()
         _prefill(
@@ -139,7 +141,9 @@ def next_logits(
 ) -> Tensor:
     """Scores [V] of the token after a prompt, on the CPU; with dense prefill unless a method is given."""
     n = len(prompt.token_ids)
-    segment, passes = _segment(model, n), plan_passes(method or DensePrefill(), n, 0, 0, chunk_tokens, tail_tokens)
+    segment = _segment(model, n)
+    method = (method or DensePrefill()).for_prompt(segment.key_tiles)
+    passes = plan_passes(method, n, 0, 0, chunk_tokens, tail_tokens)
     hidden = _prefill(
         model, segment, prompt.token_ids, passes, 1,
         lambda one: PrefillBackend(segment, one.start, one.method, Tally(), one.planned),

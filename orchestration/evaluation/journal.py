@@ -1,7 +1,8 @@
 """What an evaluation has finished: one JSON line a cell in an append-only file, synced before the next cell begins.
 
-A folder belongs to one model on one machine, because times of two machines say nothing about each other. Methods, tasks,
-lengths and seeds may be added to it later: a cell is known by everything its result depends on.
+A folder belongs to one model on one machine, because times of two machines say nothing about each other, and to one chunk and
+tail of prefill, which decide what every method reads. Methods, tasks, lengths and seeds may be added to it later: a cell is known
+by everything its result depends on.
 """
 
 from __future__ import annotations
@@ -26,18 +27,24 @@ from winnow.workers.model.loader import LoadedModel
 
 CELLS, MANIFEST = "cells.jsonl", "run.json"
 _FORMAT = 1
+_OPTIONS = {"chunk_tokens": "--chunk", "tail_tokens": "--tail"}  # as the user names what a folder shares
 
 Record = dict[str, Any]
 
 
-def environment(model: LoadedModel) -> dict[str, str]:
-    """Everything that all cells of a folder share: model, machine, versions that decide results or times."""
+def environment(model: LoadedModel, chunk_tokens: int, tail_tokens: int) -> dict[str, str]:
+    """Everything that all cells of a folder share: model, machine, versions that decide results or times, chunk and tail.
+
+    Args: chunk_tokens, tail_tokens: as `Grid` has them.
+    """
     device = model.decoder.device
     return {
         "format": str(_FORMAT),
         "model": model.name,
         "fingerprint": model.fingerprint,
         "dtype": model.dtype_name,
+        "chunk_tokens": str(chunk_tokens),
+        "tail_tokens": str(tail_tokens),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
         "winnow": __version__,
@@ -94,7 +101,8 @@ class Journal:
 
     Raises:
         InvalidRequest: the folder cannot be written.
-        Conflict: the folder holds cells and resume is False, or they were made with another model, machine or version.
+        Conflict: the folder holds cells and resume is False, or they were made with another model, machine, version, chunk or
+            tail.
         CorruptBlock: a line before the last one is damaged.
     """
 
@@ -117,9 +125,11 @@ class Journal:
                 raise CorruptBlock(f"--out: {MANIFEST} is not JSON; use another folder") from None
             for name in sorted(known.keys() | shared.keys()):
                 if known.get(name) != shared.get(name):
+                    said = _OPTIONS.get(name, name)
                     raise Conflict(
-                        f"--out: the folder's cells were made with {name} {known.get(name)!r}, this run has "
-                        f"{shared.get(name)!r}; use another folder, so that what is compared was measured alike"
+                        f"--out: the folder's cells were made with {said} {known.get(name)!r}, this run has "
+                        f"{shared.get(name)!r}; use another folder or the same {said}, so that what is compared "
+                        "was measured alike"
                     )
         else:
             write_atomic(manifest, json.dumps(shared, indent=1) + "\n")

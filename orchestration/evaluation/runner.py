@@ -19,14 +19,13 @@ from winnow.errors import ContextTooLong, InvalidRequest, Overloaded, Unsupporte
 from winnow.orchestration.evaluation.cell import CellResult, measured_json, next_logits, run_cell
 from winnow.orchestration.evaluation.journal import Journal, Record, cell_key, commit, environment
 from winnow.orchestration.evaluation.prompt import Prompt
+from winnow.orchestration.evaluation.summary import CONTROL
 from winnow.orchestration.evaluation.task import Task, tasks
 from winnow.registry import parse_spec
 from winnow.services.gateway.validation import Served, check_capabilities
 from winnow.types import MethodChoice
 from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
-
-CONTROL = "dense"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Cell:
     length: int
     seed: int
     asked_depth: float | None
-    is_first: bool = False  # of its length: its attention map is kept
+    is_first: bool = False  # of its length: its attention map is kept, where it is measured
 
     @property
     def place(self) -> tuple[object, ...]:
@@ -155,7 +154,8 @@ class Evaluation:
             as `Journal`; Overloaded: the device has no memory left. Whatever ends it, finished cells are kept.
         """
         total, done = len(self.cells) * len(self.entrants), 0
-        with Journal(out, environment(self.model), resume=resume) as journal:
+        shared = environment(self.model, self.grid.chunk_tokens, self.grid.tail_tokens)
+        with Journal(out, shared, resume=resume) as journal:
             for cell in self.cells:
                 keys = [self._key(cell, entrant) for entrant in self.entrants]
                 if all(key in journal.done for key in keys):
@@ -238,7 +238,7 @@ class Evaluation:
                 depths: Sequence[float | None] = grid.depths if grid.depths and task.has_depth else (None,)
                 for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
                     for depth in depths:
-                        first = place == 0 and seed == 0 and depth == depths[0]
+                        first = place == 0 and seed == grid.first_seed and depth == depths[0]
                         yield Cell(label, task, length, seed, depth, first)
 
     def _prompt(self, cell: Cell) -> Prompt:
@@ -258,7 +258,7 @@ class Evaluation:
         rows = grid.n_rows if cell.seed < grid.measured_seeds else 0
         made = (type(task).__name__, dataclasses.asdict(task), task.version)
         passes = (grid.chunk_tokens, grid.tail_tokens)
-        return cell_key(entrant.method_id, made, *cell.place, *passes, rows, self._map_at if cell.is_first else None)
+        return cell_key(entrant.method_id, made, *cell.place, *passes, rows, self._map_at if rows and cell.is_first else None)
 
     def _record(self, cell: Cell, entrant: Entrant, key: str, prompt: Prompt) -> Record:
         return {

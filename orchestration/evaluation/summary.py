@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from winnow.orchestration.evaluation.journal import Record
 
-CONTROL = "dense"
+CONTROL = "dense"  # the method that every other one stands beside
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,8 @@ def evaluate(
             except KeyboardInterrupt:
                 stderr.print("[yellow]finished cells are kept: the same command with --resume goes on[/]")
                 raise
-        results, page = write_report(out, environment(loaded), records, shlex.join(["winnow", *sys.argv[1:]]))
+        shared = environment(loaded, grid.chunk_tokens, grid.tail_tokens)
+        results, page = write_report(out, shared, records, shlex.join(["winnow", *sys.argv[1:]]))
         found = summarise(records)
         if as_json:
             print_json({"report": str(page), "results": str(results), "cells": len(records), "rows": found})

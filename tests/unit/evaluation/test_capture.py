@@ -102,6 +102,13 @@ def test_layers_are_lists_and_ranges(text: str, layers: list[int]) -> None:
     assert parse_layers(text, 6) == layers
 
 
+@pytest.mark.parametrize(("text", "range_"), [("0,5-3", "5-3"), ("5-3", "5-3"), ("1 , 2-0 ,3", "2-0")])
+def test_a_range_that_ends_below_its_start_is_refused_by_name(text: str, range_: str) -> None:
+    low, high = sorted(range_.split("-"))
+    with pytest.raises(InvalidRequest, match=f"--layers: the range '{range_}' ends below its start; write {low}-{high}"):
+        parse_layers(text, 6)
+
+
 @pytest.mark.parametrize("text", ["", "6", "-7", "a", "3-1", "0,,1", "1-9"])
 def test_wrong_layers_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape("--layers: ")):

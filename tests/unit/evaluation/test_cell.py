@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,12 +14,34 @@ from winnow.orchestration.evaluation.cell import CellResult, measured_json, next
 from winnow.orchestration.evaluation.measured import MeasuredBackend, Recorder
 from winnow.orchestration.evaluation.prompt import Prompt
 from winnow.orchestration.evaluation.task import tasks
+from winnow.registry import Capabilities
+from winnow.workers.attention.backend import LayerSpec, RawQK
+from winnow.workers.attention.plan import TilePlan
 from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill.backend import PrefillBackend, Tally
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.prompt import forward_steps, plan_passes
+from winnow.workers.prefill.scoring import pool_mean
 
 N = 700
+
+
+@dataclass(frozen=True)
+class Pooling(PrefillMethod):
+    """Pools tiles of 32 keys as methods do, notes of the first layer how many keys it was given, and reads everything."""
+
+    caps = Capabilities()
+    name = "pooling"
+    pooled: ClassVar[list[int]] = []
+
+    def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
+        def pool(keys: Tensor, _: int) -> Tensor:
+            if layer.idx == 0:
+                self.pooled.append(keys.shape[2])
+            return pool_mean(keys, 32)
+
+        assert self.of_key_tiles(layer.idx, k, 32, pool).shape[2] == -(-k.shape[2] // 32)
+        return None
 
 
 def sparse() -> PrefillMethod:
@@ -119,6 +144,28 @@ def test_chunks_change_nothing_of_dense_and_are_measured_as_one(tiny: LoadedMode
         tiny, prompt, prefill_methods.create("flexprefill", {"block": 32, "min_budget": 64}), n_rows=8, chunk_tokens=128
     )
     assert streamed.density < 1.0  # it cannot be chunked, and is not
+
+
+def test_keys_are_pooled_once_a_prefill_whatever_its_chunks(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As served: a chunk pools its own keys, and each prefill of a prompt pools all of them."""
+    monkeypatch.setattr(Pooling, "pooled", [])
+    chunks = [256, 256, 188]
+    cell(tiny, Prompt(ids(), ("x",), max_new_tokens=1), Pooling(), chunk_tokens=256, n_rows=8)
+    assert Pooling.pooled == chunks * 2  # the timed prefill and the measured one
+    next_logits(tiny, Prompt(ids()), 256, 0, Pooling())
+    assert Pooling.pooled == chunks * 3
+
+
+def test_pooled_keys_that_are_kept_change_nothing(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> CellResult:
+        return cell(tiny, Prompt(ids(), ("x",), max_new_tokens=4), sparse(), chunk_tokens=256, n_rows=16)
+
+    kept = found()
+    monkeypatch.setattr(PrefillMethod, "for_prompt", lambda self, known=None: self)
+    anew = found()
+    assert torch.equal(kept.logits, anew.logits) and (kept.density, kept.text) == (anew.density, anew.text)
+    assert kept.measured is not None and anew.measured is not None
+    assert kept.density < 1.0 and kept.measured.overall == anew.measured.overall
 
 
 def test_the_next_token_is_the_pipelines(tiny: LoadedModel) -> None:

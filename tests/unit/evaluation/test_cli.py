@@ -65,6 +65,7 @@ def test_a_run_writes_a_report_and_can_be_added_to(tiny_folder: Path, tmp_path: 
     assert f"evaluate --model {tiny_folder}" in (out / "report.html").read_text()
     refused(evaluate(tiny_folder, out, "--tasks", "needle"), "--resume")
     refused(evaluate(tmp_path / "no model is looked for", out), "--resume")
+    refused(evaluate(tiny_folder, out, "--resume", "--chunk", "128"), "made with --chunk '4096'", "'128'", "another folder")
     measured = evaluate(tiny_folder, out, "--tasks", "needle", "--resume", "--measured-seeds", "1").stdout
     assert "99% of the attention mass" in measured and max(map(len, measured.split("report  ")[0].splitlines())) <= 80
     again = evaluate(tiny_folder, out, "--tasks", "needle,perplexity", "--json", "--resume")

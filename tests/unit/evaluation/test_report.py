@@ -77,7 +77,7 @@ def records(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture(scope="module")
 def written(tiny: LoadedModel, records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_report(tmp_path_factory.mktemp("report"), environment(tiny), records, COMMAND)
+    return write_report(tmp_path_factory.mktemp("report"), environment(tiny, 128, 64), records, COMMAND)
 
 
 def test_the_page_is_html_that_names_every_method_and_reason(written: tuple[Path, Path]) -> None:
@@ -95,7 +95,7 @@ def test_the_page_begins_with_what_was_measured_and_the_answer(
     page = Page(text)
     before = text[: text.index("Every method beside dense")]
     assert before.index("The fastest method, by what it must keep") < before.index("What was measured")
-    shared = environment(tiny)
+    shared = environment(tiny, 128, 64)
     told = " ".join(page.texts[: page.texts.index("Every method beside dense")])
     for fact in (shared["model"], shared["dtype"], shared["device"], "500, 700 tokens", "needle, prompts a length: 2", COMMAND,
                  f"winnow {shared['winnow']}", *FLEX):  # fmt: skip
@@ -212,7 +212,7 @@ def test_a_heat_map_has_no_panel_for_a_method_that_was_not_given_the_task(record
 
 def test_json_holds_the_rows_and_the_cells(written: tuple[Path, Path], records: list[Record], tiny: LoadedModel) -> None:
     data = json.loads(written[0].read_text())
-    assert (data["environment"], data["command"]) == (environment(tiny), COMMAND)
+    assert (data["environment"], data["command"]) == (environment(tiny, 128, 64), COMMAND)
     assert [(row["method"], row["length"]) for row in data["rows"]] == [
         (method, length) for length in (500, 700) for method in ("dense", *FLEX, "<odd> & refused")
     ]

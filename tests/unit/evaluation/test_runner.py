@@ -144,7 +144,19 @@ def test_seeds_begin_where_they_are_told(tiny: LoadedModel, tmp_path: Path) -> N
     whole = {r["seed"]: r for r in run(tiny, tmp_path / "whole", grid)}
     later = run(tiny, tmp_path / "later", replace(grid, seeds=2, first_seed=1))
     assert [(r["seed"], r["measured"] is not None) for r in later] == [(1, True), (2, False)]
+    assert [r["measured"]["map"] is not None for r in later if r["measured"]] == [True]  # of the first prompt there is
+    for r in later:
+        r["key"], whole[r["seed"]]["key"] = "", ""  # the map is part of the name
+        if r["measured"]:
+            r["measured"]["map"] = None
     assert all(timeless(r) == timeless(whole[r["seed"]]) for r in later)
+
+
+def test_a_prompt_that_is_not_measured_is_the_same_cell_wherever_a_grid_begins(tiny: LoadedModel) -> None:
+    grid = replace(GRID, lengths=(500,), tasks=("needle",), measured_seeds=0)
+    one, other = Evaluation(tiny, grid), Evaluation(tiny, replace(grid, first_seed=1))
+    keys = [evaluation._key(evaluation.cells[n], evaluation.entrants[0]) for evaluation, n in ((one, 1), (other, 0))]
+    assert keys[0] == keys[1]
 
 
 def test_the_later_of_two_calibrations_counts(tiny: LoadedModel, tmp_path: Path, refusing: None) -> None:
@@ -177,7 +189,7 @@ def test_a_folder_with_cells_is_not_overwritten(tiny: LoadedModel, tmp_path: Pat
 
 
 def test_a_folder_of_another_model_or_machine_is_refused(tiny: LoadedModel, tmp_path: Path) -> None:
-    shared = environment(tiny)
+    shared = environment(tiny, 0, 0)
     with Journal(tmp_path, shared, resume=False):
         pass
     for name in ("fingerprint", "device", "threads", "torch"):
@@ -185,23 +197,40 @@ def test_a_folder_of_another_model_or_machine_is_refused(tiny: LoadedModel, tmp_
             Journal(tmp_path, {**shared, name: "another"}, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "option"), [({"chunk_tokens": 128}, "--chunk"), ({"tail_tokens": 64}, "--tail")], ids=["chunk", "tail"]
+)
+def test_a_folder_with_another_chunk_or_tail_is_refused(
+    tiny: LoadedModel, tmp_path: Path, changes: dict[str, int], option: str
+) -> None:
+    """Else a table has one method's cells of this chunk beside another's of that one."""
+    grid = replace(GRID, lengths=(500,), tasks=("needle",), seeds=1)
+    run(tiny, tmp_path, grid)
+    before = (tmp_path / CELLS).read_bytes()
+    (value,) = changes.values()
+    words = rf"--out: .*made with {option} '0', this run has '{value}'; use another folder or the same {option}"
+    with pytest.raises(Conflict, match=words):
+        run(tiny, tmp_path, replace(grid, methods=(), **changes), resume=True)
+    assert (tmp_path / CELLS).read_bytes() == before
+
+
 def test_a_damaged_line_is_named(tiny: LoadedModel, tmp_path: Path) -> None:
-    with Journal(tmp_path, environment(tiny), resume=False):
+    with Journal(tmp_path, environment(tiny, 0, 0), resume=False):
         pass
     (tmp_path / CELLS).write_text('{"key": "a"}\nnot json\n{"key": "b"}\n')
     with pytest.raises(CorruptBlock, match=r"line 2 of cells\.jsonl"):
-        Journal(tmp_path, environment(tiny), resume=True)
+        Journal(tmp_path, environment(tiny, 0, 0), resume=True)
 
 
 def test_a_full_disk_is_named_and_loses_nothing_finished(tiny: LoadedModel, tmp_path: Path) -> None:
-    with Journal(tmp_path, environment(tiny), resume=False) as journal:
+    with Journal(tmp_path, environment(tiny, 0, 0), resume=False) as journal:
         journal.add({"key": "kept", "method": "dense"})
         journal._file.close()
         journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
         with pytest.raises(InvalidRequest, match=r"--out: a finished cell cannot be written.*--resume"):
             journal.add({"key": "lost", "method": "dense"})
         assert list(journal.done) == ["kept"]
-    with Journal(tmp_path, environment(tiny), resume=True) as journal:
+    with Journal(tmp_path, environment(tiny, 0, 0), resume=True) as journal:
         assert list(journal.done) == ["kept"]
 
 
