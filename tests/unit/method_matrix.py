@@ -20,6 +20,20 @@ from winnow.workers.prefill.sea_network import Sizes
 
 
 @dataclass(frozen=True)
+class Ties:
+    """Parameters under which a method has to choose among equal scores, in square tiles.
+
+    Attributes:
+        params: as `Row.params`.
+        near: tiles just before a row's own ones that are read whatever the scores; None = the method ranks columns and, apart
+            from them, distances, and the lower ones of equal distances are those just before a row's own tile.
+    """
+
+    params: dict[str, Any]
+    near: int | None = 0
+
+
+@dataclass(frozen=True)
 class Row:
     """One method as it is tested.
 
@@ -29,12 +43,16 @@ class Row:
         dense_limits: parameter sets under which the method must equal dense attention.
         make: for a method that needs what was learnt for a model: make(params, q_heads, kv_heads) returns it with something
             seeded in its place. The heads are numbers of learnt heads: the i-th query head gets what belongs to q_heads[i].
+        estimates: whether its plans estimate what they leave out, without being asked to.
+        ties: where it chooses among equal scores, or why it never does.
     """
 
     method: str
     params: dict[str, Any] = field(default_factory=dict)
     dense_limits: tuple[dict[str, Any], ...] = ({},)
     make: Callable[[dict[str, Any], Sequence[int], Sequence[int]], PrefillMethod] | None = None
+    estimates: bool = False
+    ties: tuple[Ties, ...] | str = field(kw_only=True)
 
 
 def seerattention(params: dict[str, Any], q_heads: Sequence[int], kv_heads: Sequence[int]) -> PrefillMethod:
@@ -68,7 +86,7 @@ def sea(params: dict[str, Any], q_heads: Sequence[int], kv_heads: Sequence[int])
 
 
 METHODS = (
-    Row("dense"),
+    Row("dense", ties="reads every key"),
     Row(
         "flexprefill",
         params={"block": 32, "min_budget": 64},
@@ -78,21 +96,28 @@ METHODS = (
             {"block": 32, "min_budget": 64, "gamma": 1.0, "tau": 1.0},
             {"block": 32, "min_budget": 64, "gamma": 1.0, "tau": 1.0, "pooling": "bands"},
         ),
+        ties=(
+            Ties({"block": 32, "min_budget": 64, "gamma": 0.3, "tau": 0.0}, near=None),
+            Ties({"block": 32, "min_budget": 64, "gamma": 0.85, "tau": 1.0}, near=1),  # the pooled map, beside two distances
+        ),
     ),
     Row(
         "proxyattn",
         params={"block": 32, "min_budget": 64, "gamma": 0.8},
         dense_limits=({"min_budget": 1 << 20}, {"block": 32, "min_budget": 64, "gamma": 1.0}),
+        ties=(Ties({"block": 32, "min_budget": 64, "gamma": 0.8}),),
     ),
     Row(
         "xattention",
         params={"block": 32, "threshold": 0.7},
         dense_limits=({"threshold": 1.0}, {"block": 32, "stride": 16, "threshold": 2.0}),
+        ties=(Ties({"block": 32, "threshold": 0.7}),),
     ),
     Row(
         "recall",
         params={"block": 32, "every": 8, "recall": 0.7, "rows": 32},
         dense_limits=({"recall": 1.0, "block": 32}, {"block": 32, "every": 8, "recall": 0.9999999, "confidence": 1e3}),
+        ties=(Ties({"block": 32, "every": 8, "recall": 0.7, "rows": 32}, near=1),),
     ),
     Row(
         "flashprefill",
@@ -102,52 +127,62 @@ METHODS = (
             {"block": 32, "alpha": 0.0, "sink_tiles": 0, "window_tiles": 1, "dense_tail": 0},
             {"block": 32, "alpha": 0.0, "sink_tiles": 0, "window_tiles": 1, "per_kv_head": True},
         ),
+        ties="keeps every tile whose score comes near the best one's",
     ),
     Row(
         "prism",  # with bands of one pair its temperatures, which come from the whole prompt, matter on so few tokens
         params={"block": 32, "threshold": 0.75, "high_share": 0.0625, "low_share": 0.0625},
         dense_limits=({"threshold": 1.0, "block": 32}, {"threshold": 1.0}),
+        ties=(Ties({"block": 32, "threshold": 0.75, "high_share": 0.0625, "low_share": 0.0625}),),
     ),
     Row(
         "seerattention",
         params={"density": 0.4},
         dense_limits=({"threshold": 0.0}, {"density": 1.0}, {"oracle": True, "threshold": 0.0}),
         make=seerattention,
+        ties=(Ties({"density": 0.6}),),
     ),
     Row(
         "duoattention",
         params={"sink": 16, "recent": 48},
         dense_limits=({"sparsity": 0.0, "sink": 16, "recent": 48}, {"recent": 512}, {"sink": 64, "recent": 64, "chunk": 384}),
         make=duoattention,
+        ties="its classes of heads are fixed, and so is what each class reads",
     ),
     Row(
         "sale",
         params={"tau": 0.3, "local": 32, "segment": 32, "dense_below": 64},
         dense_limits=({"tau": 0.0}, {"tau": 0.02, "dense_below": 32, "local": 1 << 20}, {"tau": 0.02}),
+        ties="keeps every tile whose score exceeds the head's threshold",
     ),
     Row(
         "powerattention",
         params={"block": 32, "local_blocks": 1},
         dense_limits=({"local_blocks": 2}, {"block": 32, "local_blocks": 11, "sink_blocks": 0}),
+        ties="its mask is fixed",
     ),
     Row(
-        "neighborhood",  # key 0 is in the window of the last of 320 rows, as P9 wants, and no longer in that of row 330
+        "neighborhood",
         params={"window": 30, "dilation": 11, "stride": 3},
         dense_limits=({"window": 333}, {"window": 352, "stride": 32}),
+        ties="its mask is fixed",
     ),
     Row(
         "minference",
         params={"block": 32, "vertical_tokens": 24, "slash_tokens": 40, "sink_tokens": 4, "recent_tokens": 16},
         dense_limits=({}, {"block": 32, "slash_tokens": 1 << 20}),
+        ties=(Ties({"block": 32, "vertical_tokens": 80, "slash_tokens": 40, "sink_tokens": 4, "recent_tokens": 16}, near=None),),
     ),
     Row(
-        "hyperattention",  # P9 wants key 0 read by every row
+        "hyperattention",
         params={"block": 16, "samples": 16, "min_seq_len": 64, "tile": 16, "sink": 16},
         dense_limits=(
             {},
             {"samples": 1 << 20, "block": 16, "min_seq_len": 64, "tile": 16},
             {"samples": 0, "block": 1 << 20, "min_seq_len": 64, "tile": 16},
         ),
+        estimates=True,
+        ties="its plan reads fixed pieces; what it sorts are rows and keys, into the blocks of its residual",
     ),
     Row(
         "dhsa",
@@ -156,16 +191,23 @@ METHODS = (
             *({"mask": mask, "density": 1.0} for mask in ("topk", "a", "vs", "vsb")),
             *({"mask": mask, "density": 1.0, "pooling": "bands"} for mask in ("topk", "a")),
         ),
+        ties=(
+            *(Ties({"mask": mask, "density": 0.5, "block_q": 32}) for mask in ("topk", "a")),
+            *(Ties({"mask": mask, "density": 0.5, "block_q": 32}, near=None) for mask in ("vs", "vsb")),
+        ),
     ),
     Row(
         "dhsa-v1",
         params={"chunk_tokens": 24, "budget": 96, "block": 32, "local": 32, "global_tokens": 8, "instruction": 16},
         dense_limits=({"budget": 333}, {"chunk_tokens": 16, "budget": 1 << 20}),
+        ties=(Ties({"chunk_tokens": 24, "budget": 96, "block": 32, "local": 32, "global_tokens": 8, "instruction": 16}),),
     ),
     Row(
-        "sea",  # P9 wants key 0 read by every row
+        "sea",
         params={"k": 16, "sink": 1},
         dense_limits=({"k": 1 << 20, "mix": False}, {"k": 512, "mix": False}),
         make=sea,
+        estimates=True,
+        ties="its network tells positions apart where all keys are equal; test_sea.py makes the cells themselves tie",
     ),
 )

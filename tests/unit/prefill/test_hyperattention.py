@@ -250,7 +250,7 @@ def test_seed_layer_and_heads_decide_the_draws() -> None:
         return plan.residual(x.q, x.k, x.v, scale=LAYER.scale, softcap=0.0)[0]
 
     assert torch.equal(residual(), residual())
-    for other in (residual(layer=1), residual(seed=1), residual(per_head=True)):
+    for other in (residual(layer=1), residual(seed=1), residual(seed=(1 << 31) - 1), residual(per_head=True)):
         assert not torch.equal(residual(), other)
 
 
@@ -283,6 +283,8 @@ def test_rows_off_the_grid_and_windowed_layers_stay_dense() -> None:
         ({"samples": -1}, "samples"),
         ({"min_seq_len": 0}, "min_seq_len"),
         ({"seed": -1}, "seed"),
+        ({"seed": 1 << 31}, "seed"),
+        ({"seed": 1 << 50}, "seed"),
         ({"tile": 48}, "tile"),
         ({"sink": 100}, "sink"),
         ({"sink": 256, "min_seq_len": 128}, "sink"),

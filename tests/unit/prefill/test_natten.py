@@ -87,6 +87,34 @@ def test_dense_where_the_window_holds_everything(setting: tuple[int, int, int], 
     assert bool((rule(m, m, *setting) == torch.ones(m, m, dtype=torch.bool).tril()).all()) == dense
 
 
+@pytest.mark.parametrize("shape", [(256, 256), (100, 301), (1, 7), (1, 1)])
+@pytest.mark.parametrize("setting", [(1 << 50, 2, 1), (1 << 50, 3, 5), (1 << 50, 2, 1 << 50), (1 << 70, 1 << 70, 1 << 70),
+    (40, 1 << 70, 7), (700, 3, 50)])  # fmt: skip
+def test_what_a_request_asks_for_beyond_the_sequence_takes_no_memory(
+    shape: tuple[int, int], setting: tuple[int, int, int]
+) -> None:
+    """A list of 1 << 50 candidates a row fits no machine. What is read is what the rule says, in whole numbers of any size."""
+    (n, m), (window, dilation, stride) = shape, setting
+    q, k, _ = heads(n, m)
+    plan = Neighborhood(*setting).plan(q, k, LAYER)
+    assert plan is not None
+    plan.check()
+    expected = torch.zeros(n, m, dtype=torch.bool)
+    for row, i in enumerate(range(m - n, m)):
+        last = i // dilation // stride * stride + stride - 1
+        keys = [j for j in range(i + 1) if j % dilation == i % dilation and last - window < j // dilation]
+        expected[row, keys] = True
+    assert torch.equal(plan.to_dense_mask()[0, 0], expected)
+
+
+def test_a_window_beyond_the_sequence_is_planned_as_the_one_that_just_holds_it() -> None:
+    q, k, _ = heads(256, 256)
+    plans = [Neighborhood(window=window, dilation=2).plan(q, k, LAYER) for window in (128, 1 << 50)]
+    lists = [plan.token_columns for plan in plans if plan is not None]
+    assert lists[0] is not None and lists[1] is not None
+    assert torch.equal(lists[0].offsets, lists[1].offsets) and torch.equal(lists[0].ids, lists[1].ids)
+
+
 def test_windowed_layers_are_left_alone() -> None:
     q, k, _ = heads(100, 100)
     assert Neighborhood(window=10).plan(q, k, LayerSpec(0, 4, 2, 8, 1.0, window=99)) is None

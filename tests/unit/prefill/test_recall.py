@@ -128,8 +128,17 @@ def test_a_sample_has_one_row_of_each_part(n: int) -> None:
         {"block": 256},
         {"every": 12},
         {"window_tiles": -1},
+        {"seed": -1},
+        {"seed": 1 << 31},
+        {"seed": 10**20},
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
         Recall(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_largest_seed_is_one_like_any_other() -> None:
+    x = s7_mixture(LONG, 3)
+    plan = plan_of(Recall(recall=0.9, block=32, seed=(1 << 31) - 1), x.q, x.k)
+    assert float(kept_mass(plan, x).mean(-1).min()) >= 0.88

@@ -81,6 +81,18 @@ def test_lists_hold_the_keys_of_the_kept_cells_before_ones_own(n: int, m: int, s
     assert torch.equal(found, kept)
 
 
+@pytest.mark.parametrize(("n", "m"), [(300, 300), (77, 150), (1, 1)])
+def test_a_sink_beyond_the_sequence_lists_what_the_whole_sequence_as_sink_does(n: int, m: int) -> None:
+    """Room for 1 << 50 keys a row fits no machine."""
+    gen = torch.Generator().manual_seed(m)
+    sea, positions = SEA(k=6), torch.arange(m - n, m)
+    cells, count = sea.choose(torch.randn(2, HEADS, n, COLUMNS, generator=gen), positions), sea.count(positions, HEADS, COLUMNS)
+    whole, more = (keys_of_cells(cells, m, count, sink) for sink in (m, 1 << 50))
+    assert torch.equal(whole.offsets, more.offsets) and torch.equal(whole.ids, more.ids)
+    before = torch.ones(n, m, dtype=torch.bool).tril(m - n - 1)  # one's own key is not listed
+    assert torch.equal(more.to_mask(m).view(2, HEADS, n, m), before.expand(2, HEADS, -1, -1))
+
+
 @pytest.mark.parametrize("k", [1, 8, 50])
 @pytest.mark.parametrize("oversample", [1.0, 2.5])
 def test_number_of_cells_and_keys_follows_the_formula(k: int, oversample: float) -> None:

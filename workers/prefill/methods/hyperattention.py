@@ -76,9 +76,11 @@ class HyperAttention(PrefillMethod):
             raise InvalidRequest(f"hyperattention: bits must be 1 to 24, got {self.bits}; 7 is the published default")
         if self.tile not in (16, 32, 64, 128):
             raise InvalidRequest(f"hyperattention: tile must be 16, 32, 64 or 128, got {self.tile}")
-        for name, least in (("block", 1), ("samples", 0), ("min_seq_len", 1), ("seed", 0)):
+        for name, least in (("block", 1), ("samples", 0), ("min_seq_len", 1)):
             if getattr(self, name) < least:
                 raise InvalidRequest(f"hyperattention: {name} must be {least} or more, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 31:
+            raise InvalidRequest(f"hyperattention: seed must be 0 to {(1 << 31) - 1}, got {self.seed}; 0 is the default")
         if self.sink % self.tile or not 0 <= self.sink <= self.min_seq_len:
             raise InvalidRequest(
                 f"hyperattention: sink must be whole tiles of {self.tile} tokens, 0 to min_seq_len = {self.min_seq_len}, "

@@ -38,7 +38,7 @@ class Neighborhood(PrefillMethod):
 
     Attributes:
         window: keys of a row's class in its window, 2 or more.
-        dilation: 1 or more. Above 1 keys are listed one by one, which costs `window` entries a row and runs slowly.
+        dilation: 1 or more. Above 1 keys are listed one by one, which costs an entry for each key read and runs slowly.
         stride: 1 to window.
     """
 
@@ -62,21 +62,26 @@ class Neighborhood(PrefillMethod):
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
         """The same keys for all sequences and heads, from N and M alone. See the class.
 
-        Cost: O(N), with dilation O(N window). Mutates nothing.
+        Cost: O(N), with dilation O(N min(window, M / dilation)). Mutates nothing.
         """
         n, m, batch, device = q.shape[2], k.shape[2], q.shape[0], q.device
         if 0 < layer.window < m or (self.dilation == 1 and -(-m // self.stride) * self.stride <= self.window):
             return None
         if self.dilation == self.stride == 1:
             return TilePlan.streaming(batch=batch, mask_heads=1, n_rows=n, n_keys=m, sink=0, recent=self.window, device=device)
+        # What is asked for beyond the sequence reads nothing more: it must not decide how much memory the lists take.
+        dilation = min(self.dilation, m)
+        longest = -(-m // dilation)  # keys of a class
+        stride = min(self.stride, longest)
+        window = min(self.window, -(-longest // stride) * stride)  # reaches back to the first key from every group
         position = torch.arange(m - n, m, device=device)
-        x = position // self.dilation
-        first = x - x % self.stride + self.stride - self.window  # of the window, in the row's class
+        x = position // dilation
+        first = x - x % stride + stride - window  # of the window, in the row's class
         if self.dilation == 1:
             rows = torch.stack((first.clamp(min=0), position + 1), -1)
             return TilePlan.intervals(rows.expand(batch, 1, n, 2), n_keys=m)
-        y = first[:, None] + torch.arange(self.window, device=device)  # [N, window]
-        keys = y * self.dilation + (position % self.dilation)[:, None]
+        y = first[:, None] + torch.arange(window, device=device)  # [N, window]
+        keys = y * dilation + (position % dilation)[:, None]
         others = TileLists.from_ids(keys.expand(batch, 1, -1, -1), ((y >= 0) & (y < x[:, None])).expand(batch, 1, -1, -1))
         own = TileLists.from_ids(position[:, None].expand(batch, 1, n, 1))
         head_class = torch.full((batch, 1), HeadClass.CSR, dtype=torch.int8, device=device)

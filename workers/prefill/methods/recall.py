@@ -84,6 +84,8 @@ class Recall(TileListMethod):
             raise InvalidRequest(f"recall: confidence must be 0 or more standard errors, got {self.confidence}")
         if self.window_tiles < 0:
             raise InvalidRequest(f"recall: window_tiles must be 0 or more, got {self.window_tiles}; 1 is the default")
+        if not 0 <= self.seed < 1 << 31:
+            raise InvalidRequest(f"recall: seed must be 0 to {(1 << 31) - 1}, got {self.seed}; 0 is the default")
         for name in ("block", "every"):
             value = getattr(self, name)
             if not 1 <= value <= 128 or value & (value - 1):

@@ -271,6 +271,7 @@ def keys_of_cells(cells: Tensor, m: int, count: Tensor, sink: int = 0) -> TileLi
     """
     batch, heads, n, columns = cells.shape
     device, length = cells.device, torch.arange(m - n + 1, m + 1, device=cells.device)
+    sink = min(sink, m)  # more lists nothing more, and must not take the room for it
     edges = torch.minimum(cell_edges(length, columns), (length - 1)[:, None]).clamp(min=sink)  # without one's own key
     first, end = edges[:, :-1], edges[:, 1:]
     room = (-(-length // columns))[:, None].expand(-1, columns)  # most keys of a cell
