@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md: settings, methods, measurements. `--check` only compares (exit code 1 = stale).
+"""Writes the generated parts of README.md. `--check` only compares (exit code 1 = stale).
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; nothing else of the file is touched.
 """
@@ -79,13 +79,36 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def calibrations() -> str:
+    """What comes with winnow for the default model: the command that makes it, and what the file says of how it went."""
+    from safetensors import safe_open
+
+    lines = ["| Made by | Of | Result |", "|---|---|---|"]
+    for path in sorted((ROOT / "workers" / "prefill" / "calibrations").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            made = dict(file.metadata())
+        options = dict(pair.split("=") for pair in made.pop("options").split())
+        seed = options.pop("seed")
+        command = " ".join(
+            [f"winnow calibrate {made.pop('method')}", *(f"--option {key}={value}" for key, value in options.items())]
+        )
+        for known in ("model", "format"):
+            del made[known]
+        of = made.pop("data")
+        results = "; ".join(f"{name.replace('_', ' ')}: {escaped(text)}" for name, text in sorted(made.items()))
+        lines.append(f"| `{command}{'' if seed == '0' else f' --seed {seed}'}` | {escaped(of)} | {results} |")
+    return "\n".join(lines)
+
+
 def measurements() -> str:
     """The tables of tests/bench/results."""
     tables = runpy.run_path(str(ROOT / "tests" / "bench" / "tables.py"))
     return str(tables["markdown"](tables["load"]()))
 
 
-PARTS: dict[str, Callable[[], str]] = {"settings": settings, "methods": methods, "measurements": measurements}
+PARTS: dict[str, Callable[[], str]] = {
+    "settings": settings, "methods": methods, "calibrations": calibrations, "measurements": measurements,
+}  # fmt: skip
 
 
 def rewritten(text: str) -> str:

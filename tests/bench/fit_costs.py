@@ -7,10 +7,10 @@ same shape in the same run, and `executor/<N>/<density>/<tile>` (TFLOP/s on kept
 a file of the first kind; where it is missing, what costs.json holds of the device is kept.
 
 Coefficients are not negative and minimise the relative error (`workers/prefill/costs.py` has the formulas). Selection and
-attention are fitted per method and the parameters of it that are words, whatever the others; where its cells are few, attention is also fitted to them and the
-executor's, whichever predicts better. A method's margin is then the smallest of 1.00, 1.01, ... 3.00 that makes up for what
-its cells took longer than predicted, in the median, and with which none of them, predicted from its own density, costs more
-than dense by 2 %: one less than is promised.
+attention are fitted per method and the parameters of it that are words, whatever the others; where its cells are few, attention
+is also fitted to them and the executor's, whichever predicts better. A method's margin is then the smallest of 1.00, 1.01, ...
+3.00 that makes up for what its cells took longer than predicted, in the median, and with which none of them, predicted from its
+own density, costs more than dense by 2 %: one less than is promised.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ SPECS = (
     "flashprefill:correction=true", "flashprefill:per_kv_head=true,correction=true", "recall", "recall:recall=0.98",
     "recall:recall=0.95", "recall:recall=0.95,correction=true", "minference",
     "minference:vertical_tokens=1000,slash_tokens=800", "proxyattn", "dhsa", "dhsa:mask=topk",
-    "dhsa:mask=topk,pooling=bands", "dhsa:mask=a", "dhsa:mask=vsb", "dhsa-v1:chunk_tokens=64", "hyperattention",
+    "dhsa:mask=topk,pooling=bands", "dhsa:mask=a", "dhsa:mask=vsb", "dhsa-v1:chunk_tokens=128", "dhsa-v1:chunk_tokens=16",
+    "hyperattention", "hyperattention:min_seq_len=1024,block=128,samples=128",
     "powerattention", "neighborhood", "duoattention", "seerattention:density=0.1", "sale:tau=0.004",
 )  # fmt: skip
 CALIBRATED = ("sale", "dhsa-v1", "seerattention", "sea")  # with what was learnt for the model, on captured layers only

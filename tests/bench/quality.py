@@ -59,8 +59,10 @@ from winnow.workers.model.loader import load_model
 from winnow.workers.prefill.prompt import sparse_chunk_tokens
 
 EVERY_TILE = "flashprefill:alpha=0"
+HYPER = "hyperattention:min_seq_len=1024,block=128,samples=128"  # its defaults estimate nothing of 8,192 tokens
 METHODS = (
-    "dhsa", "dhsa-v1", "duoattention", "hyperattention", "minference", "neighborhood", "powerattention", "proxyattn", "sale",
+    "dhsa", "dhsa-v1", "duoattention", HYPER, f"{HYPER},dense_layers=22",
+    "minference", "neighborhood", "powerattention", "proxyattn", "sale",
     "seerattention", "flexprefill", "flexprefill:gamma=0.98", "xattention", "xattention:threshold=0.98", "flashprefill",
     "flashprefill:alpha=0.02", EVERY_TILE, "prism", "prism:threshold=0.98",
     "recall:recall=0.9", "recall:recall=0.95", "recall:recall=0.98", "recall",

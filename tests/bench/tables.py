@@ -121,8 +121,8 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"\3 \1",
             "score over dense, recall, density, by length, in chunks of 4,096 tokens, the last 128 of a prompt dense. 131 "
             "prompts at 2,048 and at 4,096 tokens (standard error .01 to .03), 67 at 8,064 (.03 to .04) for `dhsa`, `sale`, "
-            "`seerattention`, `recall`, its .95 and .98, and the last variant of the methods that have several; 17 and 7 for the "
-            "rest (`sea` 2), too few to tell their scores apart",
+            "`seerattention`, `recall`, its .95 and .98, and the densest variant of the methods that have several; 17 and 7 for "
+            "the rest (`sea` 2), too few to tell their scores apart",
             ("recall", "density"),
         ),
     ),

@@ -5,9 +5,9 @@
 Model, prompts and structured attention are those of `ttft_h100.py`. The engine is configured as it comes: the predictor may
 leave layers dense, the end of a prompt is dense, chunks are as served and the recall is measured. Row
 `ttft_served/<N>/<method>`: seconds from submission to result; control: dense attention over the prompt in one piece, in the
-same run, in turn with the method, in one order and then in the other: prompts of a thousand tokens wait for the host, which is
-not equally fast in every minute. The note holds what the engine reports: density, recall, and why passes through a layer ran
-sparse or dense.
+same run and the same engine, in turn with the method, in one order and then in the other: prompts of a thousand tokens wait for
+the host, which is not equally fast in every minute nor in every thread. The note holds what the engine reports: density, recall,
+and why passes through a layer ran sparse or dense.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def turns_of(n: int) -> int:
     return 30 if n <= 2_048 else 16 if n <= 8_192 else 4 if n <= 32_768 else 2
 
 
-def measure(dense: PrefillEngine, served: PrefillEngine, store: SegmentStore, ids: list[int], specs: list[str]) -> list[Row]:
-    """All methods at one length."""
+def measure(engine: PrefillEngine, store: SegmentStore, ids: list[int], specs: list[str]) -> list[Row]:
+    """All methods at one length. Between two prompts the engine gets the configuration of the next one."""
     n = len(ids) - 1
     found: dict[str, list[float]] = {spec: [] for spec in ("dense", *specs)}
     results: dict[str, PrefillResult] = {}
     for turn in range(turns_of(n) + 1):
         for spec in found if turn % 2 else reversed(found):
-            engine = dense if spec == "dense" else served
+            engine.config = PrefillConfig(chunk_tokens=ONE_PIECE) if spec == "dense" else PrefillConfig()
             seconds, results[spec] = seconds_of(engine, store, ids, MethodChoice(*parse_spec(spec)), 1, warm=0)
             found[spec] += seconds if turn else []
     control = found.pop("dense")
@@ -67,9 +67,9 @@ def measure(dense: PrefillEngine, served: PrefillEngine, store: SegmentStore, id
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--methods", default="recall:recall=0.95;xattention", help="specs, separated by semicolons")
+    parser.add_argument("--methods", default="recall:recall=0.95;recall;xattention", help="specs, separated by semicolons")
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536,131072")
-    parser.add_argument("--seconds", type=float, default=200.0, help="wall clock after which no further length is begun")
+    parser.add_argument("--seconds", type=float, default=300.0, help="wall clock after which no further length is begun")
     options = parser.parse_args()
     end, rows, specs = time.monotonic() + options.seconds, list[Row](), options.methods.split(";")
     model = build()
@@ -77,15 +77,14 @@ def main() -> None:
     layout = SegmentLayout(spec.n_layers, spec.n_kv_heads, spec.head_size, "bf16")
     store = SegmentStore(layout, model.fingerprint, KVConfig(budget_bytes=40 << 30), "bench", 1, "here", device="cuda")
     generator = torch.Generator().manual_seed(1)
-    one_piece = PrefillConfig(chunk_tokens=ONE_PIECE)
-    with PrefillEngine(model, store, one_piece) as dense, PrefillEngine(model, store, PrefillConfig()) as served:
+    with PrefillEngine(model, store, PrefillConfig()) as engine:
         for n in (int(x) for x in options.lengths.split(",")):
             if time.monotonic() > end:
                 rows.append(without_time(f"ttft_served/{n}", specs, specs))
                 continue
             ids = torch.randint(0, spec.vocab_size, (n + 1,), generator=generator).tolist()
             with structured(model.decoder, draws(n)):
-                rows += measure(dense, served, store, ids, specs)
+                rows += measure(engine, store, ids, specs)
             quietly_write(rows, "ttft_served_h100.json")
     store.check()
     store.close()

@@ -180,13 +180,13 @@ def test_probe_mass_equals_the_plain_one(device: str, b: int, m: int, slab: int)
 
 
 @pytest.mark.parametrize(("n", "m"), CASES)
-@pytest.mark.parametrize("block", [32, 64])
-def test_pooled_energy_equals_the_plain_one(device: str, n: int, m: int, block: int) -> None:
+@pytest.mark.parametrize(("block", "block_q"), [(32, 32), (64, 64), (128, 64), (64, 32)])
+def test_pooled_energy_equals_the_plain_one(device: str, n: int, m: int, block: int, block_q: int) -> None:
     q, k = qk(n, m, device)
     cpu_q, cpu_k, layer = on_cpu(q, k)
     pooled = scoring.pool_mean(k, block).to(k.dtype)
-    found = tile_scores.pooled_energy(q, pooled, past=m - n, block=block, block_q=block, scale=layer.scale)
-    expected = FlashPrefill(block=block)._log_energy(cpu_q, cpu_k, layer, block)
+    found = tile_scores.pooled_energy(q, pooled, past=m - n, block=block, block_q=block_q, scale=layer.scale)
+    expected = FlashPrefill(block=block)._log_energy(cpu_q, cpu_k, layer, block_q)
     torch.testing.assert_close(found.cpu(), expected, atol=1e-2, rtol=1e-2)
 
 

@@ -112,7 +112,7 @@ def neighborhood_attention_2d(
     causal: tuple[bool, bool] = (False, False),
     *,
     scale: float | None = None,
-    tile: tuple[int, int] = (16, 8),
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Neighborhood attention over a grid of tokens. Not autoregressive unless both axes are causal.
 
@@ -124,7 +124,8 @@ def neighborhood_attention_2d(
         grid: (H, W).
         window, dilation, stride, causal: per axis, see `Axis`.
         scale: factor on q.k; default 1 / sqrt(D).
-        tile: tokens of a tile per axis. It changes the order of the work, not the result.
+        tile: tokens of a tile per axis; None = 128 of them, 16 rows of the grid at most: a sequence (H = 1) has tiles of 128.
+            It changes the order of the work, not the result.
 
     Returns:
         out [B, Hq, H * W, D] in q's dtype and lse [B, Hq, H * W] float32, natural log, in row-major order.
@@ -141,6 +142,8 @@ def neighborhood_attention_2d(
         raise InvalidRequest(
             f"neighborhood: a grid of {grid[0]} x {grid[1]} needs as many q and k, got {q.shape[2]}, {k.shape[2]}"
         )
+    if tile is None:
+        tile = (min(16, grid[0]), 128 // min(16, grid[0]))
     if min(tile) < 1:
         raise InvalidRequest(f"neighborhood: tile must be 1 or more on both axes, got {list(tile)}")
     axes = [Axis(*args) for args in zip(grid, window, dilation, stride, causal, strict=True)]

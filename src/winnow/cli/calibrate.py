@@ -52,8 +52,10 @@ def calibrate(
             tensors, made = train(
                 loaded, on_progress=lambda done, total: on_stage("calibrating", done, total), seed=seed, **options
             )
+        seconds = time.monotonic() - started
+        made["took"] = f"{seconds:.0f} s on {loaded.decoder.device.type}, loading included"
         path = calibration.save(method, loaded.fingerprint, tensors, made)
-        size, seconds = path.stat().st_size, time.monotonic() - started
+        size = path.stat().st_size
         if as_json:
             result = {"method": method, "model": loaded.name, "fingerprint": loaded.fingerprint, "path": str(path)}
             print_json({**result, "size_bytes": size, "seconds": round(seconds, 1), "made": made})

@@ -256,7 +256,7 @@ def test_parameters_are_named_alike_where_they_are_measured_and_where_they_are_s
     assert fitting.full_spec("recall:recall=0.990") == "recall", "the default"
     assert fitting.full_spec("minference:vertical_tokens=1000,slash_tokens=800") == "minference:slash_tokens=800"
     assert fitting.full_spec("of another package:a=1") == "of another package:a=1"
-    assert variant_of("flashprefill:alpha=1e-3,correction=true,per_kv_head=true") == "flashprefill:correction=true,per_kv_head=true"
+    assert variant_of("flashprefill:alpha=1e-3,correction=true") == "flashprefill:correction=true"
     assert variant_of("recall:recall=0.95") == "recall"
 
 

@@ -117,11 +117,13 @@ def test_a_larger_alpha_keeps_less_of_the_same() -> None:
 def test_one_list_per_kv_head_serves_its_group() -> None:
     x = s7_mixture(LONG, 7)
     plan = plan_of(dataclasses.replace(BARE, per_kv_head=True), x.q, x.k)
-    assert (plan.mask_heads, plan.block_q, plan.block_k) == (2, 16, 32)
+    assert (plan.mask_heads, plan.block_q, plan.block_k) == (2, 32, 32)
+    wide = plan_of(dataclasses.replace(BARE, per_kv_head=True, block=128), x.q, x.k)
+    assert (wide.mask_heads, wide.block_q, wide.block_k) == (2, 64, 128), "64 rows of two heads are the executor's 128"
     twins = x.q[:, [0, 0, 2, 2]]  # where the heads of a group agree, their list is that of one of them
     mask = plan_of(dataclasses.replace(BARE, per_kv_head=True), twins, x.k).tile_mask()
-    energy = energy_by_definition(twins, x.k, 16, 32)[:, ::2]
-    elsewhere = (torch.arange(63)[:, None] // 2 > torch.arange(32)) & (energy > 0)
+    energy = energy_by_definition(twins, x.k, 32, 32)[:, ::2]
+    elsewhere = (torch.arange(32)[:, None] > torch.arange(32)) & (energy > 0)
     chosen = energy >= BARE.alpha * energy.amax(-1, keepdim=True)
     assert torch.equal(mask & elsewhere, chosen & elsewhere)
 

@@ -272,11 +272,19 @@ def test_rows_off_the_grid_and_windowed_layers_stay_dense() -> None:
     whole = s1_noise(Shape(333, 333), 9)
     assert HyperAttention(**SMALL).plan(whole.q, whole.k, LayerSpec(0, 4, 2, D, 1.0, window=100)) is None
     assert HyperAttention(**SMALL).plan(whole.q, whole.k, LAYER) is not None
+    last = HyperAttention(**SMALL, dense_layers=2)
+    assert [last.plan(whole.q, whole.k, dataclasses.replace(LAYER, idx=i)) is None for i in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
     ("params", "field"),
     [
+        ({"dense_layers": -1}, "dense_layers"),
         ({"bits": 0}, "bits"),
         ({"bits": 25}, "bits"),
         ({"block": 0}, "block"),

@@ -44,7 +44,8 @@ class DHSA(TileListMethod):
     Layers with a sliding window shorter than the keys, and prompts within one query tile, are left dense.
 
     Attributes:
-        mask: "topk", "a", "vs" or "vsb"; at equal density vs kept most attention of a real text.
+        mask: "topk", "a", "vs" or "vsb". Which keeps most at equal density depends on the layer: vs where little is kept of
+            a layer whose attention is hard, topk and vsb elsewhere.
         density: share of a row's tiles (topk, a), of the prompt's tokens (vs) or key tiles (vsb); 1 = all.
         split: share of the budget of vs and vsb that goes to columns.
         pooling: of topk and a: "mean" compares mean queries with mean keys; "bands" fast and slow rotary pairs apart

@@ -29,8 +29,9 @@ class FlashPrefill(TileListMethod):
     models from "FlashPrefill V2" (arXiv 2608.19758). Deviations:
     - energies are compared as logarithms, which is the same comparison without a maximum to subtract or an underflow;
     - runs for M > N and any length; rows beyond the end, which the published code counts with a score of 0, are left out;
-    - `per_kv_head` takes query tiles of a power of two positions (V2 packs 128 rows, whatever the group's size) and keys in
-      tiles of `block` (V2 selects by 128 and lists them as two of 64);
+    - `per_kv_head` takes query tiles of 64 positions at least (V2 packs 128 rows of a group, whatever its size): the executor
+      has two heads of a group share what they read, at 64 rows each; keys are in tiles of `block` (V2 selects by 128 and lists
+      them as two of 64);
     - the layer's own scale and soft-capping enter every score; the published code assumes 1 / sqrt(D).
     Layers with a sliding window shorter than the keys, and prompts no longer than sink and window, are left dense.
 
@@ -43,8 +44,8 @@ class FlashPrefill(TileListMethod):
         window_tiles: last tiles up to a row's own, always kept; 1 = its own only.
         dense_tail: last query tiles of the prompt that read everything.
         dense_layers: first layers of the model that stay dense.
-        per_kv_head: the query heads of a group share one list, and query tiles have block / group positions, rounded
-            down to a power of two, 16 at least.
+        per_kv_head: the query heads of a group share one list, and query tiles have 64 positions, or `block` where that is less
+            or the group has one head.
         block: tile size of keys, and of queries unless `per_kv_head`: 32, 64 or 128.
     """
 
@@ -81,7 +82,7 @@ class FlashPrefill(TileListMethod):
         """
         n, m, b = q.shape[2], k.shape[2], self.block
         group = q.shape[1] // k.shape[1]
-        block_q = 1 << (max(b // group, 16).bit_length() - 1) if self.per_kv_head else b
+        block_q = min(b, 64) if self.per_kv_head and group > 1 else b
         n_q = -(-n // block_q)
         if layer.idx < self.dense_layers or 0 < layer.window < m:
             return None

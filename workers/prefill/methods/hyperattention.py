@@ -31,11 +31,12 @@ class HyperAttention(PrefillMethod):
     residual, which the executor merges by log-sum-exp. exp(lse) is unbiased over the seeds.
 
     Source: "HyperAttention: Long-context Attention in Near-Linear Time" (arXiv 2310.05869, ICLR 2024), its causal algorithm and
-    the published code's constants; meant to replace the last layers of a model only. Deviations:
+    the published code's constants; meant to replace the last layers of a model only (`dense_layers`). Deviations:
     - one sample and one set of directions for all heads and sequences (`per_head` draws them per KV head), from `seed` and the
       layer's index: results do not depend on the order of heads or on batch mates, and can be had again;
     - keys are sorted once per KV head, queries per query head: grouped heads work, the published code needs equally many;
-    - samples in a query's own block, and what pads the last block, are masked; the published CUDA path counts both twice;
+    - samples in a query's own block, and what pads the last block, are masked; the published CUDA path counts such samples
+      twice, and padding as keys;
     - with `samples` >= s every key is taken once, weight 1, instead of drawn with replacement: then the result is exact;
     - pieces are rounded up to whole tiles, so the last may be shorter; the published code pads every level with zero keys;
     - `sink` reads the first keys exactly and never samples them; without it one strong first key, sampled rarely, ruins the
@@ -45,6 +46,7 @@ class HyperAttention(PrefillMethod):
     left dense. Density counts what is read exactly through the plan, not the blocks and samples.
 
     Attributes:
+        dense_layers: first layers of the model that stay dense; the paper replaces the last quarter or so.
         bits: random directions, 1 to 24; 2 ** bits ranks.
         block: keys of a sorted block.
         samples: sampled keys of a square; 0 = none.
@@ -62,6 +64,7 @@ class HyperAttention(PrefillMethod):
         fallback="dense",
         notes="experimental: exact near the diagonal, sorted blocks and random samples further back; exact below 2 min_seq_len",
     )
+    dense_layers: int = 0
     bits: int = 7
     block: int = 256
     samples: int = 256
@@ -76,7 +79,7 @@ class HyperAttention(PrefillMethod):
             raise InvalidRequest(f"hyperattention: bits must be 1 to 24, got {self.bits}; 7 is the published default")
         if self.tile not in (16, 32, 64, 128):
             raise InvalidRequest(f"hyperattention: tile must be 16, 32, 64 or 128, got {self.tile}")
-        for name, least in (("block", 1), ("samples", 0), ("min_seq_len", 1)):
+        for name, least in (("dense_layers", 0), ("block", 1), ("samples", 0), ("min_seq_len", 1)):
             if getattr(self, name) < least:
                 raise InvalidRequest(f"hyperattention: {name} must be {least} or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 31:
@@ -96,7 +99,7 @@ class HyperAttention(PrefillMethod):
         n, m = q.shape[2], k.shape[2]
         levels = max(1, m // self.min_seq_len).bit_length() - 1
         rows = math.gcd(m - n, self.tile)  # M - N in whole query tiles: then no border of pieces lies inside one
-        if levels == 0 or rows < _LEAST_ROWS or 0 < layer.window < m:
+        if layer.idx < self.dense_layers or levels == 0 or rows < _LEAST_ROWS or 0 < layer.window < m:
             return None
         piece = -(-m // (self.tile << levels)) * self.tile
         own = (torch.arange(0, n, rows, device=q.device) + (m - n)) // piece

@@ -26,13 +26,14 @@ class MInference(TileListMethod):
     - every head is vertical-slash with the same two budgets, which the published code takes for models that it has no
       offline search for; the other two patterns and the search over budgets are not offered;
     - tiles lie on the grid of keys: a lone slash passes through two of them. The published index moves tiles of 64 to each
-      slash and then merges neighbours, whose union is wider than the slashes by up to a tile;
+      slash and then merges neighbours, whose union is wider than the slashes by up to a tile. With small budgets that reads
+      about a fifth less than this does;
     - runs for M > N and any length; the last, shorter query tile gets the tiles of a whole one;
     - budgets below what is forced count as what is forced;
     - the layer's own scale and soft-capping enter every score; the published code assumes 1 / sqrt(D);
     - K is not repeated for grouped heads, and nothing loops over heads.
     The last queries steer all rows: not prefix-safe, not chunked. Layers with a sliding window shorter than the keys, and
-    prompts within either budget, are left dense: with the published 6,096 diagonals, nothing is saved below twice that.
+    prompts within either budget, are left dense: with the published 6,096 diagonals little is saved below twice that.
 
     Attributes:
         vertical_tokens: keys each head keeps, the forced ones among them.

@@ -44,9 +44,9 @@ class SALE(TileListMethod):
       steer rounding. With that, plans are prefix-safe;
     - rows before `dense_below` are dense in every prompt; published: prompts up to that length;
     - the two-pass form only: lse_i is not tightened while tiles are added;
-    - keys are coded anew for each chunk: kept with the KV their codes would take a quarter more memory, and save a five-hundredth
-      of a selection's time at 128K;
-    - codes are multiplied as 8-bit integers on CUDA (`kernels.code_scores`: Hopper has no 4-bit product), in float32 elsewhere;
+    - keys are coded anew for each chunk, which reads them once: kept with the KV their codes would take a quarter more memory;
+    - codes are multiplied as 8-bit numbers on CUDA (`kernels.code_scores`: Hopper has no 4-bit product), in float16 where that
+      kernel has no words for the layer, in float32 on a CPU;
     - runs for M > N and any length; the layer's own scale and soft-capping enter every score.
     Layers with a sliding window shorter than the keys are left dense.
 
