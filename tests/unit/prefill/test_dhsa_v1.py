@@ -17,6 +17,7 @@ from workloads import Shape, s1_noise, s6_needle, s7_mixture
 
 from winnow.errors import CorruptBlock, InvalidRequest, Unsupported
 from winnow.workers.attention.executor import attend_plan
+from winnow.workers.attention.plan import TilePlan
 from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill import calibration, scoring
 from winnow.workers.prefill.chunk_borders import BorderPredictor, parameter_shapes, pick_borders
@@ -93,6 +94,22 @@ def chosen_tokens(method: DHSAv1, q: Tensor, k: Tensor) -> list[set[int]]:
     return found
 
 
+def check_tokens(plan: TilePlan, method: DHSAv1, q: Tensor, k: Tensor) -> None:
+    """Every row of a plan with SMALL's parameters keeps what `chosen_tokens` says."""
+    n, m = q.shape[2], k.shape[2]
+    kept = plan.to_dense_mask()[0, 0]
+    expected = chosen_tokens(method, q, k)
+    for row in range(n):
+        position, block = row + m - n, row // 32
+        first = block * 32 + m - n
+        if block * 32 + 31 >= n - 24:
+            assert bool(kept[row, : position + 1].all())  # blocks with rows of the instruction are dense
+            continue
+        own = set(range(first // 32 * 32, position + 1))  # a block reads its own keys even where they lie across two tiles
+        assert set(kept[row].nonzero().flatten().tolist()) == {j for j in expected[block] | own if j <= position}
+        assert len(expected[block]) <= 160
+
+
 @pytest.mark.parametrize("shape", [Shape(512, 512), Shape(500, 500), Shape(200, 457)], ids=str)
 @pytest.mark.parametrize("chunk_tokens", [0, 40])
 def test_a_block_reads_its_forced_tokens_and_those_of_the_best_chunks_up_to_its_budget(shape: Shape, chunk_tokens: int) -> None:
@@ -103,18 +120,22 @@ def test_a_block_reads_its_forced_tokens_and_those_of_the_best_chunks_up_to_its_
     assert bool(borders[0]) and bool(borders[shape.m - 24])
     assert chunk_tokens or 10 < int(borders.sum()) < shape.m // 8
     plan = plan_of(method, x.q, x.k)
-    kept = plan.to_dense_mask()[0, 0]
-    expected = chosen_tokens(method, x.q, x.k)
-    for row in range(shape.n):
-        position, block = row + shape.m - shape.n, row // 32
-        first = block * 32 + shape.m - shape.n
-        if block * 32 + 31 >= shape.n - 24:
-            assert bool(kept[row, : position + 1].all())  # blocks with rows of the instruction are dense
-            continue
-        own = set(range(first // 32 * 32, position + 1))  # a block reads its own keys even where they lie across two tiles
-        assert set(kept[row].nonzero().flatten().tolist()) == {j for j in expected[block] | own if j <= position}
-        assert len(expected[block]) <= 160
+    check_tokens(plan, method, x.q, x.k)
     assert plan.mask_heads == 1 and plan.density() < 0.7
+
+
+@pytest.mark.parametrize(("shape", "per_block", "most"), [(Shape(500, 500), 1, 15), (Shape(200, 457), 2, 28)], ids=str)
+def test_where_every_gap_scores_high_the_best_borders_per_block_are_kept(shape: Shape, per_block: int, most: int) -> None:
+    """m // 32 blocks; a short last one adds none. Token 0 and the instruction's border come on top."""
+    x = s7_mixture(shape, 2)
+    method = DHSAv1(**SMALL, threshold=-1e9, apart=1, borders_per_block=per_block).with_predictors(random_predictors())
+    scores = random_predictors().of_layer[0].scores(x.k[0].transpose(0, 1).flatten(1)).tolist()
+    peaks = [p for p in range(1, shape.m) if scores[p] == max(scores[p - 1 : p + 2])]
+    assert len(peaks) > 2 * most
+    best = sorted(peaks, key=lambda p: -scores[p])[:most]
+    assert method.borders(x.k, LAYER)[0].nonzero().flatten().tolist() == sorted({0, *best, shape.m - 24})
+    assert not {0, shape.m - 24} & set(best)
+    check_tokens(plan_of(method, x.q, x.k), method, x.q, x.k)
 
 
 def test_the_plan_runs_and_equals_attention_over_the_tokens_it_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from workloads import Shape, Workload, s1_noise, s2_verticals, s3_slashes, s4_segments, s7_mixture
+from workloads import WORKLOADS, Shape, Workload, s1_noise, s2_verticals, s3_slashes, s4_segments, s7_mixture
 
 from winnow.errors import InvalidRequest
 from winnow.workers.attention.backend import LayerSpec
@@ -41,6 +42,91 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
     return logits.masked_fill(~torch.ones(n, m, dtype=torch.bool).tril(m - n), -torch.inf).softmax(-1)
 
 
+def tile_means(x: Tensor) -> Tensor:
+    """[M, D] -> [tiles, D]; the last one is of its real tokens."""
+    return torch.stack([tile.mean(0) for tile in x.split(32)])
+
+
+def tile_sums(mass: list[float]) -> list[float]:
+    return [sum(mass[first : first + 32]) for first in range(0, len(mass), 32)]
+
+
+def last_rows(x: Workload, head: int) -> tuple[list[float], list[float], float]:
+    """Of a head's last 32 rows: mean attention by key and by distance, and how far pooled scores are from it."""
+    key_head = x.k[0, head * x.k.shape[1] // x.q.shape[1]].double()
+    rows, m = x.q[0, head, -32:].double(), len(key_head)
+    vertical, slash = [0.0] * m, [0.0] * m
+    for i, logits in enumerate(rows @ key_head.T * LAYER.scale):
+        position = m - 32 + i
+        for j, share in enumerate(logits[: position + 1].softmax(-1).tolist()):
+            vertical[j] += share / 32
+            slash[position - j] += share / 32
+    guess = (tile_means(key_head) @ rows.mean(0) * LAYER.scale).softmax(-1).tolist()
+    divergence = 0.0
+    for p, q in zip(guess, tile_sums(vertical), strict=True):
+        divergence += sum(share * math.log(2 * share / (p + q)) for share in (p, q) if share > 0) / 2
+    return vertical, slash, math.sqrt(divergence)
+
+
+def budget_of(mass: list[float], gamma: float) -> int:
+    """Tiles: the largest tokens that hold at most gamma and one more, in whole tiles, and one."""
+    total, count = 0.0, 0
+    for share in sorted(mass, reverse=True):
+        total += share
+        count += total <= gamma
+    return (count + 1) // 32 + 1
+
+
+def best_tiles(mass: list[float], budget: int) -> list[int]:
+    """Tile 0 and the best others, `budget` in all."""
+    sums = tile_sums(mass)
+    return [0, *sorted(range(1, len(sums)), key=lambda tile: -sums[tile])][:budget]
+
+
+def whole_map(x: Workload, head: int, gamma: float) -> set[tuple[int, int]]:
+    """The largest shares of the pooled map, all its rows in one ranking, until they sum to gamma times the number of rows."""
+    n, m = x.q.shape[2], x.k.shape[2]
+    queries = tile_means(x.q[0, head].double())
+    keys = tile_means(x.k[0, head * x.k.shape[1] // x.q.shape[1]].double())
+    shares = {}
+    for row, query in enumerate(queries):
+        seen = (min(row * 32 + 31, n - 1) + m - n) // 32 + 1
+        row_shares = (keys[:seen] @ query * LAYER.scale).softmax(-1).tolist()
+        shares |= {(row, tile): share for tile, share in enumerate(row_shares)}
+    taken, total = set(), 0.0
+    for place in sorted(shares, key=lambda place: -shares[place]):
+        if total >= gamma * len(queries):
+            break
+        taken.add(place)
+        total += shares[place]
+    return taken
+
+
+def tiles_in_loops(x: Workload, head: int, gamma: float, tau: float, least: int) -> set[tuple[int, int]]:
+    """A head's (query tile, key tile) by the published algorithm, in float64; no budget is below `least` tiles."""
+    n, m = x.q.shape[2], x.k.shape[2]
+    vertical, slash, distance = last_rows(x, head)
+    aware = distance < tau
+    columns, diagonals = (best_tiles(y, least if aware else max(least, budget_of(y, gamma))) for y in (vertical, slash))
+    kept = whole_map(x, head, gamma) if aware else set()
+    for row in range(n):
+        position = row + m - n
+        kept |= {(row // 32, tile) for tile in columns if tile * 32 <= position}
+        kept |= {(row // 32, (position - tile * 32) // 32) for tile in diagonals if tile * 32 <= position}
+    return kept
+
+
+@pytest.mark.parametrize("shape", [Shape(512, 512), Shape(600, 600), Shape(300, 555)], ids=str)
+@pytest.mark.parametrize("gamma", [0.05, 0.3, 0.6, 0.9, 0.95])
+def test_tiles_are_those_of_the_algorithm_written_out_in_loops(gamma: float, shape: Shape) -> None:
+    for workload, tau in itertools.product(("S1", "S2", "S3", "S4", "S6", "S7"), (0.0, 0.3, 0.84)):
+        x = WORKLOADS[workload](shape, 3)
+        mask = plan_of(FlexPrefill(gamma=gamma, tau=tau, min_budget=64, block=32), x.q, x.k).tile_mask()
+        for head in (0, 3):
+            got = {(row, tile) for row, tile in mask[0, head].nonzero().tolist()}
+            assert got == tiles_in_loops(x, head, gamma, tau, 2), f"{workload}, head {head}, tau {tau}"
+
+
 @pytest.mark.parametrize("gamma", [0.8, 0.9, 0.95])
 @pytest.mark.parametrize("make", [s1_noise, s2_verticals, s3_slashes, s4_segments, s7_mixture])
 def test_probe_rows_keep_the_mass_that_gamma_asks_for(gamma: float, make: Callable[..., Workload]) -> None:
@@ -50,13 +136,20 @@ def test_probe_rows_keep_the_mass_that_gamma_asks_for(gamma: float, make: Callab
     assert float(recall.mean()) >= gamma - 0.02
 
 
-def test_planted_columns_are_kept_and_the_budget_stays_near_their_number() -> None:
+def test_planted_columns_are_kept_by_every_row() -> None:
     x = s2_verticals(LONG, 1, columns=4)
     plan = plan_of(FlexPrefill(gamma=0.7, tau=0.0, min_budget=EIGHT_TILES, block=32), x.q, x.k)
     mask = plan.to_dense_mask()
     for column in x.planted["columns"]:
         assert bool(mask[:, :, column:, column].all())
     assert plan.density() < 0.75
+
+
+@pytest.mark.parametrize(("gamma", "tiles"), [(1 / 64, 1), (30 / 64, 1), (31 / 64, 2), (62 / 64, 2), (63 / 64, 3)])
+def test_the_budget_is_the_tokens_within_gamma_and_one_in_whole_tiles_and_one(gamma: float, tiles: int) -> None:
+    """64 tokens of equal mass, whose sums are exact, among 36 of none."""
+    mass = torch.cat((torch.zeros(1, 2, 36), torch.full((1, 2, 64), 1 / 64)), -1)
+    assert FlexPrefill(gamma=gamma, block=32)._budget(mass).tolist() == [[tiles, tiles]]
 
 
 @pytest.mark.parametrize("shape", [LONG, Shape(1024, 1024), Shape(500, 1000), Shape(333, 1001)])
@@ -83,13 +176,19 @@ def test_noise_makes_it_dense() -> None:
     assert plan_of(FlexPrefill(tau=0.0, min_budget=64, block=32), x.q, x.k).density() > 0.95
 
 
-def test_tau_decides_which_heads_are_query_aware() -> None:
-    """With tau 0 columns reach gamma, with tau above the largest distance every head has the least columns plus its map."""
-    x = s1_noise(LONG, 2)
-    budget = 64
-    aware = plan_of(FlexPrefill(gamma=0.05, tau=0.84, min_budget=budget, block=32), x.q, x.k)
-    slashed = plan_of(FlexPrefill(gamma=0.9, tau=0.0, min_budget=budget, block=32), x.q, x.k)
-    assert aware.density() < 0.3 < 0.95 < slashed.density()
+@pytest.mark.parametrize("workload", ["S1", "S2", "S4", "S7"])
+def test_a_head_turns_query_aware_where_tau_passes_its_distance(workload: str) -> None:
+    x = WORKLOADS[workload](LONG, 2)
+
+    def mask_at(tau: float) -> Tensor:
+        return plan_of(FlexPrefill(gamma=0.6, tau=tau, min_budget=32, block=32), x.q, x.k).tile_mask()[0]
+
+    slashed, aware = mask_at(0.0), mask_at(0.84)  # never, and above the largest distance
+    for head in range(4):
+        distance = last_rows(x, head)[2]
+        assert not torch.equal(slashed[head], aware[head])
+        assert torch.equal(mask_at(0.999 * distance)[head], slashed[head])
+        assert torch.equal(mask_at(1.001 * distance)[head], aware[head])
 
 
 def test_query_aware_heads_follow_topics_that_no_column_or_diagonal_can() -> None:

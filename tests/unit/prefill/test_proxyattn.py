@@ -10,7 +10,7 @@ import pytest
 import torch
 from selection import LAYER, plan_of, probabilities
 from torch import Tensor
-from workloads import Shape, s1_noise, s2_verticals, s6_needle, s7_mixture
+from workloads import WORKLOADS, Shape, s1_noise, s2_verticals, s6_needle, s7_mixture
 
 from winnow.errors import InvalidRequest, Unsupported
 from winnow.workers.attention.plan import TilePlan
@@ -81,6 +81,34 @@ def test_a_rows_budget_is_the_heads_share_of_the_tiles_it_may_read() -> None:
     for head in range(4):
         share = int(scaled[head, -1])
         assert scaled[head].tolist() == [math.ceil(share * tiles / 32) for tiles in range(1, 33)]
+
+
+@pytest.mark.parametrize("shape", [LONG, Shape(300, 777)], ids=str)
+@pytest.mark.parametrize("workload", ["S1", "S4", "S7"])
+def test_the_budget_is_read_off_the_last_block_of_rows_however_short_the_last_tile(shape: Shape, workload: str) -> None:
+    """The last tiles hold 8 and 12 rows."""
+    x = WORKLOADS[workload](shape, 4)
+    budgets = ProxyAttn(gamma=0.8, min_budget=1, block=32)._budgets(x.q, x.k, LAYER)[0, :, -1]
+    for head, weights in enumerate(probabilities(x.q, x.k)[0, :, -32:].mean(1)):
+        mass = sorted((float(tile.sum()) for tile in weights.split(32)), reverse=True)
+        assert int(budgets[head]) == next(count for count in range(1, 33) if sum(mass[:count]) >= 0.8)
+
+
+def test_rows_before_a_short_last_tile_still_widen_its_plan() -> None:
+    x = s1_noise(LONG, 1)
+    q, k = 0.0 * x.q, x.k.clone()
+    k[:, :, 320:352] += 10.0
+    q[:, :, 992:] = 1.0  # the 8 rows of the last tile look at one tile, the 24 before them everywhere
+    mask = plan_of(ProxyAttn(gamma=0.9, min_budget=32, block=32), q, k).tile_mask()
+    assert bool((mask[:, :, -1].sum(-1) > 20).all())
+
+
+def test_of_tiles_that_score_alike_the_lower_are_kept() -> None:
+    x = s1_noise(LONG)
+    mask = plan_of(ProxyAttn(gamma=0.01, min_budget=96, block=32, keep_first=False), 0.0 * x.q, x.k).tile_mask()
+    for row in range(32):
+        kept = {tile for tile in (0, 1, 2, row) if tile <= row}
+        assert all(set(head.nonzero().flatten().tolist()) == kept for head in mask[0, :, row])
 
 
 def test_averaging_cancels_heads_that_look_away_from_each_other_and_more_groups_bring_them_back() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from selection import LAYER, plan_of
 from torch import Tensor
-from workloads import Shape, Workload, s1_noise, s4_segments, s6_needle, s7_mixture
+from workloads import WORKLOADS, Shape, Workload, s1_noise, s4_segments, s6_needle, s7_mixture
 
 from winnow.errors import CorruptBlock, InvalidRequest, Unsupported
 from winnow.workers.attention.backend import LayerSpec
@@ -252,6 +252,22 @@ def test_slabs_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = plan_of(method, x.q, x.k).tile_mask()
     monkeypatch.setattr(scoring, "SLAB_BYTES", 1)
     assert torch.equal(whole, plan_of(method, x.q, x.k).tile_mask())
+
+
+@pytest.mark.parametrize("workload", ["S1", "S4", "S7"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_chunks_of_a_prompt_get_the_scores_and_plans_of_the_whole(workload: str, seed: int) -> None:
+    """Rounding to 4 bits shows in the scores any shift of keys or queries that depends on later tokens."""
+    x = WORKLOADS[workload](Shape(640, 640), seed)
+    for tau in (0.02, 0.1, 0.3):
+        method = SALE(tau=tau, **SMALL)
+        scores, mask = method.tile_scores(x.q, x.k, LAYER), plan_of(method, x.q, x.k).tile_mask()
+        assert float(scores.isfinite().double().mean()) > 0.3
+        for end in range(128, 641, 128):
+            q, k = x.q[:, :, end - 128 : end], x.k[:, :, :end]
+            rows, keys = slice((end - 128) // BLOCK_Q, end // BLOCK_Q), slice(end // BLOCK_K)
+            torch.testing.assert_close(method.tile_scores(q, k, LAYER), scores[:, :, rows, keys], atol=1e-4, rtol=1e-4)
+            assert torch.equal(plan_of(method, q, k).tile_mask(), mask[:, :, rows, keys])
 
 
 def test_early_rows_short_prompts_and_layers_with_a_window_are_dense() -> None:
