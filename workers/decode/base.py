@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
 from winnow.index.segment import KVSegment
 from winnow.registry import Capabilities, Registry, modules_in
 from winnow.workers.attention.backend import LayerSpec
+
+if TYPE_CHECKING:
+    from winnow.workers.model.loader import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,22 @@ class DecodeMethod(ABC):
     name: ClassVar[str] = ""
     caps: ClassVar[Capabilities]
 
+    def bind(self, model: LoadedModel) -> DecodeMethod:
+        """The method ready for `model`; the engine calls it once per request, before `open`.
+
+        A method that needs nothing of the model, the default, returns itself. One that was calibrated for a model returns a copy
+        that holds what `calibration.load` finds for it. Mutates nothing.
+
+        Raises:
+            Unsupported: not calibrated for this model, or the model's shape does not fit.
+        """
+        return self
+
     def index_spec(self, n_tokens: int) -> tuple[str, int, int] | None:
-        """(index spec, sink tokens, recent tokens) of the index to open over n_tokens sealed tokens; None = needs none."""
+        """(index spec, sink tokens, recent tokens) of the index to open over n_tokens sealed tokens; None = needs none.
+
+        Asked before `bind`: it depends on parameters alone.
+        """
         return None
 
     @abstractmethod
@@ -94,7 +111,7 @@ class DecodeMethod(ABC):
             strict: raise instead of falling back to exact attention when retrieval is lost.
 
         Raises:
-            Unsupported: strict and no retrieval.
+            Unsupported: strict and no retrieval, or what `bind` would have brought is missing.
         """
 
 

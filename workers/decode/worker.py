@@ -120,6 +120,7 @@ class DecodeEngine:
 
         Raises (the job's retrieval session then stays the caller's to close):
             InvalidRequest: sampling out of range, or a wrong method parameter. UnknownName: no such method.
+            Unsupported, CorruptBlock: the method is not calibrated for this model, or its calibration is damaged.
             Skewed: the segment's layout or device is not the model's. ContextTooLong: no room for a token.
             Overloaded: `max_waiting` sequences wait already. Draining: the engine is stopping.
         """
@@ -161,10 +162,10 @@ class DecodeEngine:
             )
 
     def _method(self, wanted: DecodeMethod | MethodChoice | None) -> DecodeMethod:
-        if isinstance(wanted, DecodeMethod):
-            return wanted
-        name, params = parse_spec(self.config.method) if wanted is None else (wanted.name, dict(wanted.params))
-        return decode_methods.create(name, dict(params))
+        if not isinstance(wanted, DecodeMethod):
+            name, params = parse_spec(self.config.method) if wanted is None else (wanted.name, dict(wanted.params))
+            wanted = decode_methods.create(name, dict(params))
+        return wanted.bind(self.model)
 
     def _notify(self) -> None:
         with self._wake:

@@ -3,19 +3,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from winnow.errors import Cancelled, ContextTooLong, Draining, InvalidRequest, Overloaded, Skewed, UnknownName
+from winnow.errors import Cancelled, ContextTooLong, Draining, InvalidRequest, Overloaded, Skewed, UnknownName, Unsupported
 from winnow.index.segment import KVSegment, SegmentLayout
 from winnow.registry import Capabilities
 from winnow.types import MethodChoice, Sampling
 from winnow.workers.decode.base import DecodeMethod, DecodeState
 from winnow.workers.decode.job import DecodeJob, Failed, Tokens
 from winnow.workers.decode.methods.dense import Dense, DenseState
+from winnow.workers.model.loader import LoadedModel, load_model
+from winnow.workers.model.tiny import make_tiny_model
+from winnow.workers.prefill import calibration
+from winnow.workers.prefill.methods import duoattention as duo_prefill
 
 from .conftest import WAIT_S, Inbox, Rig, prompt, wait
 
@@ -364,3 +369,126 @@ def test_stop_ends_running_and_waiting_sequences_as_draining(rig: MakeRig) -> No
     assert (ends, busy.closed) == ([Draining, Draining], [1])
     with pytest.raises(Draining):
         r.start_decode(prompt(20, 1), Sampling(), results[1])
+
+
+# -- methods bound to the model -----------------------------------------------------------------------------------
+
+DUO = {"sink": "8", "recent": "32"}
+
+
+class RowsMasked:
+    """One forward pass over a whole text. Rows from `first_row` on read, in KV heads that stream, j < sink and i - j < recent."""
+
+    def __init__(self, streaming: torch.Tensor, sink: int, recent: int, first_row: int) -> None:
+        self.streaming, self.sink, self.recent, self.first_row = streaming, sink, recent, first_row
+
+    def attend(self, layer: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, raw: Any) -> torch.Tensor:
+        i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])
+        kept = (j < self.sink) | (i - j < self.recent) | (i < self.first_row)
+        group = layer.n_q_heads // layer.n_kv_heads
+        mask = (j <= i) & (kept | ~self.streaming[layer.idx][:, None, None]).repeat_interleave(group, 0)
+        z = (q @ k.repeat_interleave(group, 0).transpose(1, 2) * layer.scale).masked_fill(~mask, -torch.inf)
+        return torch.softmax(z, -1) @ v.repeat_interleave(group, 0)
+
+
+def masked_text(model: LoadedModel, ids: list[int], text: list[int], backend: RowsMasked) -> list[int]:
+    """The greedy choice after each token of `text`'s own past, by one forward pass over all of it."""
+    tokens = torch.tensor(ids + text[:-1])
+    hidden = model.decoder.forward(tokens, torch.arange(len(tokens)), backend)
+    chosen: list[int] = model.decoder.logits(hidden[len(ids) - 1 :]).argmax(-1).tolist()
+    return chosen
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def calibrated(own_home: None, tmp_path: Path) -> LoadedModel:
+    """Of 2 KV heads: in layer 0 the first streams, in layer 1 both, in layer 2 none, in layer 3 the second."""
+    folder = make_tiny_model(tmp_path / "four-layers", num_hidden_layers=4)
+    model = load_model(str(folder), dtype="fp32", device="cpu")
+    scores = torch.tensor([[0.1, 0.9], [0.2, 0.1], [0.8, 0.7], [0.9, 0.3]])
+    calibration.save("duoattention", model.fingerprint, {"scores": scores}, {})
+    return model
+
+
+@pytest.mark.parametrize("prefill", [None, MethodChoice("duoattention", DUO)], ids=["dense", "duoattention"])
+def test_duoattention_decodes_what_the_masked_model_says(rig: MakeRig, calibrated: LoadedModel, prefill: Any) -> None:
+    r = rig(model=calibrated)
+    ids = prompt(100)
+    result = r.run_prefill(ids, tail_tokens=24, method=prefill)
+    inbox, _ = r.start_decode(ids, Sampling(max_tokens=24), result, method=MethodChoice("duoattention", DUO))
+    text = inbox.tokens()
+    streaming = torch.tensor([[True, False], [True, True], [False, False], [False, True]])
+    rule = RowsMasked(streaming, 8, 32, first_row=0 if prefill else 99)
+    assert text == masked_text(calibrated, ids, text, rule)
+    assert text != masked_text(calibrated, ids, text, RowsMasked(streaming, 8, 32, first_row=999))  # the rule shows in the text
+    cached = sum(range(100, 124))  # by each of 8 KV heads, 4 of which stream
+    share = (4 * cached + 4 * 24 * 40) / (8 * cached)
+    assert inbox.seen[-1].keys_read_share == pytest.approx(share)
+    assert inbox.seen[-1].fallback_used == ""
+
+
+def test_duoattention_after_its_prefill_equals_one_prefill_of_the_whole_text(rig: MakeRig, calibrated: LoadedModel) -> None:
+    r = rig(model=calibrated)
+    ids, rule = prompt(100), MethodChoice("duoattention", DUO)
+    result = r.run_prefill(ids, tail_tokens=24, method=rule)
+    inbox, _ = r.start_decode(ids, Sampling(max_tokens=24), result, method=rule)
+    whole = ids + inbox.tokens()
+    segment = result.lease.segment
+    assert segment.n_total == 123
+    once, dense = (rig(model=calibrated).run_prefill(whole, method=method).lease.segment for method in (rule, None))
+    assert once.n_tokens == 123
+    torch.testing.assert_close(segment.kv[..., :123, :], once.kv[..., :123, :], atol=2e-5, rtol=2e-5)
+    assert (segment.kv[1:, ..., 100:123, :] - dense.kv[1:, ..., 100:123, :]).abs().amax() > 0.01
+
+
+def test_duoattention_without_a_streaming_head_gives_the_dense_text(rig: MakeRig, own_home: None) -> None:
+    r = rig()
+    ids = prompt(100)
+    expected = r.generate(ids, 24)
+    inbox, _ = r.start_decode(ids, Sampling(max_tokens=24), method=MethodChoice("duoattention", {**DUO, "sparsity": "0"}))
+    assert inbox.tokens() == expected
+    assert inbox.seen[-1].keys_read_share == 1.0
+
+
+def test_a_method_that_is_not_calibrated_is_refused_at_submit(rig: MakeRig, own_home: None) -> None:
+    r, session = rig(), Session()
+    result = r.run_prefill(prompt(20))
+    with pytest.raises(Unsupported, match="winnow calibrate duoattention"):
+        r.decode.submit(
+            DecodeJob("r", result.lease.segment, 3, method=MethodChoice("duoattention"), retrieval=session),  # type: ignore[arg-type]
+            Inbox(),
+        )
+    assert (r.decode.load().waiting, session.n_closed) == (0, 0)
+
+
+def test_a_method_is_bound_to_the_model_once_and_what_it_returns_is_opened(rig: MakeRig) -> None:
+    models = []
+
+    class Bindable(Watched):
+        def bind(self, model: LoadedModel) -> DecodeMethod:
+            models.append(model)
+            return bound
+
+    r, bound = rig(), Bindable()
+    r.start_decode(prompt(30), Sampling(max_tokens=5), method=Bindable())[0].tokens()
+    assert models == [r.model]
+    assert (bound.steps, bound.closed) == ([1, 2, 3, 4, 5], [1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_duoattention_with_the_shipped_classes_decodes_what_the_masked_model_says(rig: MakeRig) -> None:
+    model = load_model("default", dtype="fp32", device="cpu")
+    ids = model.tokenizer.encode("The old mill stood by the river, and nobody had opened its door since the great flood. " * 12)
+    r = rig(model=model)
+    inbox, _ = r.start_decode(ids, Sampling(max_tokens=12), method=MethodChoice("duoattention", DUO))
+    text = inbox.tokens()
+    classes = duo_prefill.DuoAttention().bind(model).classes
+    assert classes is not None and sum(classes.counts) == 45
+    assert text == masked_text(model, ids, text, RowsMasked(classes.streaming, 8, 32, first_row=len(ids) - 1))
+    cached = sum(range(len(ids), len(ids) + 12))
+    assert inbox.seen[-1].keys_read_share == pytest.approx((45 * cached + 45 * 12 * 40) / (90 * cached))

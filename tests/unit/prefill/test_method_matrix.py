@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,8 +15,10 @@ from workloads import WORKLOADS, Shape, Workload
 
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.executor import attend_plan
+from winnow.workers.attention.kv import KVStorage
 from winnow.workers.attention.plan import HeadClass, TilePlan
 from winnow.workers.attention.reference import attend_reference
+from winnow.workers.attention.stored import attend_pack
 from winnow.workers.prefill.base import PrefillMethod, TileListMethod, prefill_methods
 
 pytestmark = pytest.mark.slow
@@ -282,18 +285,23 @@ def test_p6_what_lies_beyond_a_ragged_end_carries_no_weight(row: Row, m: int, ro
 
 @each_method
 def test_p7_a_packed_batch_equals_one_by_one(row: Row) -> None:
-    """Lengths 1, 257 and 320 in one [heads, tokens, D] pack, and two equal lengths in one batch."""
+    """Lengths 1, 257 and 320 in one pack, attended in one call, and two equal lengths in one batch."""
     lengths = (1, 257, 320)
     parts = [WORKLOADS["S7"](Shape(n, n), 7 + n) for n in lengths]
     pack = Workload(*(torch.cat([getattr(p, name) for p in parts], 2) for name in ("q", "k", "v")))
-    start = 0
-    for part, n in zip(parts, lengths, strict=True):
-        view = Workload(*(getattr(pack, name)[:, :, start : start + n] for name in ("q", "k", "v")))
-        plan, out, _ = run(create(row), part)
-        packed_plan, packed, _ = run(create(row), view)
-        assert torch.equal(kept(plan, part), kept(packed_plan, part))
-        torch.testing.assert_close(packed, out, atol=1e-6, rtol=1e-6)
-        start += n
+    ends = [0, *itertools.accumulate(lengths)]
+    plans, outs, lses = [], [], []
+    for part, start, stop in zip(parts, ends, ends[1:], strict=False):
+        view = Workload(*(getattr(pack, name)[:, :, start:stop] for name in ("q", "k", "v")))
+        plan, out, lse = run(create(row), part)
+        plans.append(create(row).plan(view.q, view.k, layer_for(view)))
+        assert torch.equal(kept(plan, part), kept(plans[-1], part))
+        outs.append(out)
+        lses.append(lse)
+    q, k, v = (x[0].transpose(0, 1) for x in (pack.q, pack.k, pack.v))  # [tokens, heads, D]
+    packed, packed_lse = attend_pack(plans, q, KVStorage(k, v), ends, ends, scale=layer_for(pack).scale)
+    torch.testing.assert_close(packed.transpose(0, 1)[None], torch.cat(outs, 2), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(packed_lse[None], torch.cat(lses, 2), atol=1e-6, rtol=1e-6)
     pair = [WORKLOADS[name](SHAPES["ragged"], 70) for name in ("S2", "S4")]
     both = Workload(*(torch.cat([getattr(p, name) for p in pair], 0) for name in ("q", "k", "v")))
     plan, out, _ = run(create(row), both)
