@@ -204,7 +204,7 @@ def _rows(name: str, records: Sequence[Record], method: str) -> list[Row]:
         value, control = (math.exp(statistics.fmean(losses)) for losses in (own, dense))
         drift, error = _mean_and_error([a - b for a, b in zip(own, dense, strict=True)])
         rows.append(_row(f"{name}/perplexity", value, "", CONTROL, control, [math.exp(x) for x in own],
-                         f"loss {drift:+.4f} ± {error:.4f} nats beside dense"))  # fmt: skip
+                         f"loss {drift:+.4f}{_plus_minus(error, 4)} nats beside dense"))  # fmt: skip
     measured = [record["measured"]["overall"] for record in mine.values() if record["measured"]]
     if measured:
         recalls = [overall["recall_mean"] for overall in measured]
@@ -232,7 +232,7 @@ def _score_row(name: str, mine: Sequence[Record], controls: Sequence[Record]) ->
     tasks = ", ".join(
         f"{task} {statistics.fmean(r['score'] for r in mine if r['task'] == task):.3f}" for task in sorted({t for _, t in kinds})
     )
-    note = f"{value - control:+.3f} ± {error:.3f} beside dense; {tasks}"
+    note = f"{value - control:+.3f}{_plus_minus(error, 3)} beside dense; {tasks}"
     return _row(name, value, "", CONTROL, control, seeds, note, n=len(mine))
 
 
@@ -247,6 +247,11 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error; nan where there is one value only."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
+
+
+def _plus_minus(error: float, digits: int) -> str:
+    """Nothing where one value says nothing about the error."""
+    return "" if math.isnan(error) else f" ± {error:.{digits}f}"
 
 
 def _row(

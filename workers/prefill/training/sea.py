@@ -87,10 +87,12 @@ def calibrate(
         ContextTooLong: `tokens` beyond the model's context.
         Unsupported: every layer has a sliding window shorter than `tokens`.
 
-    Source: as `methods.sea`. Of the published losses those of one layer: 0.1 KL(dense || map) + MSE of the map + MSE of the
-    layer's context over its mean square. Deviations: layers learn apart, from the dense model's own inputs, so the losses on
-    hidden states, logits and task have no part; map and dense probabilities are compared in cells, not stretched to tokens; the
-    choice of keys has no gradient, so the context teaches the gates and nothing before them; a higher rate, on a schedule.
+    Source: as `methods.sea`. Of the published losses those of one layer: 0.1 KL(dense || map) + squared error of the map, summed
+    over a row's cells + MSE of the layer's context over its mean square; means over heads and rows. Deviations: layers learn
+    apart, from the dense model's own inputs, so the losses on hidden states, logits and task have no part; map and dense
+    probabilities are compared in cells, not stretched to tokens; the map's error is summed over cells where the published one
+    is a mean, so it weighs `columns` times as much; the choice of keys has no gradient, so the context teaches the gates and
+    nothing before them; a higher rate, on a schedule.
     """
     chosen = parse_options(_METHOD, Options, options)
     spec = model.spec
