@@ -27,6 +27,7 @@ from winnow.workers.model.loader import LoadedModel
 
 CELLS, MANIFEST = "cells.jsonl", "run.json"
 _FORMAT = 1
+_CODE = ("--", ":/", ":(top,exclude)tests/bench/results")  # a benchmark's own file does not change what the next one measures
 _OPTIONS = {"chunk_tokens": "--chunk", "tail_tokens": "--tail"}  # as the user names what a folder shares
 
 Record = dict[str, Any]
@@ -64,14 +65,14 @@ def _processor() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Short commit of the checkout that runs, with "+" when it has changes; "" for an installed package."""
+    """Short commit of the checkout that runs, with "+" when it has changes other than results; "" for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
     try:
         head, changed = (
             subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no", *_CODE))
         )
     except (OSError, subprocess.CalledProcessError):  # no git, or not ours to ask
         return ""
