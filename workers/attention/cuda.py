@@ -84,8 +84,8 @@ def _in_pieces(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> t
     assert not causal
     pieces = _pieces(q, k)
     size = k.shape[2] // pieces
-    cut = (x[0, :, : pieces * size].unflatten(1, (pieces, size)).transpose(0, 1) for x in (k, v))  # views [pieces, Hkv, size, D]
-    out, lse = _cudnn(q.expand(pieces, -1, -1, -1).contiguous(), *cut, scale, causal)
+    keys, values = (x[0, :, : pieces * size].unflatten(1, (pieces, size)).transpose(0, 1) for x in (k, v))
+    out, lse = _cudnn(q.expand(pieces, -1, -1, -1).contiguous(), keys, values, scale, causal)
     out, lse = out.view(pieces, 1, *q.shape[1:]), lse.view(pieces, 1, *q.shape[1:3])
     shares = torch.softmax(lse, 0).unsqueeze(-1)
     merged, total = (out * shares).sum(0), lse.logsumexp(0)

@@ -17,7 +17,8 @@ from torch import Tensor
 from winnow.errors import InvalidRequest
 from winnow.workers.attention.kernels import kernel_module
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 _MOST_KEPT_BYTES = 32 << 20
 
 
