@@ -48,6 +48,10 @@ class KeyTiles:
             if n_tokens >= tile:
                 self._known[name] = tile, found[:, :, : n_tokens // tile].clone()
 
+    def truncate(self, n_tokens: int) -> None:
+        """Forget tiles that do not lie within the first n_tokens keys."""
+        self._known = {name: (tile, found[:, :, : n_tokens // tile]) for name, (tile, found) in self._known.items()}
+
     def move(self, device: torch.device) -> None:
         """Keep it there from now on, in no more memory than `size_bytes` says."""
         # cloned: a slice of whole tiles keeps the memory of the ragged one behind them

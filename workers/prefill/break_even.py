@@ -148,7 +148,8 @@ class BreakEven:
         dense, method = self._costs[0].dense_ms(size), self._costs[1]
         attention = method.attention_ms(size, density)
         runs = attention <= dense
-        self._lost_ms += max(0.0, method.selection_ms(size) + (min(attention, dense) if may_drop else attention) - dense)
+        spent = min(attention, dense) if may_drop else attention + _AROUND_MS  # only a CPU knows a density in time to drop a plan
+        self._lost_ms += max(0.0, method.selection_ms(size) + spent - dense)
         return runs
 
 

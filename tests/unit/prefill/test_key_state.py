@@ -100,6 +100,15 @@ def test_only_new_tiles_are_computed() -> None:
     assert torch.equal(tiles.extended("a", one, 32, sums), scoring.pool_mean(one, 32)) and seen[-1] == (0, 500)
 
 
+def test_tiles_of_forgotten_tokens_are_forgotten() -> None:
+    k, other, tiles = torch.randn(1, 2, 128, 8), torch.randn(1, 2, 128, 8), KeyTiles()
+    tiles.extended("a", k, 32, lambda keys, _: scoring.pool_mean(keys, 32))
+    for kept in (70, 0):  # two whole tiles, none
+        tiles.truncate(kept)
+        now = torch.cat((k[:, :, :kept], other[:, :, kept:]), 2)
+        assert torch.equal(tiles.extended("a", now, 32, lambda keys, _: scoring.pool_mean(keys, 32)), scoring.pool_mean(now, 32))
+
+
 def test_a_copy_for_a_prompt_is_the_same_method_with_a_memory_of_its_own() -> None:
     plain = FlashPrefill(dense_tail=0)
     one, two = plain.for_prompt(), plain.for_prompt()
