@@ -1,6 +1,6 @@
-"""Writes the generated parts of README.md. `--check` only compares (exit code 1 = stale).
+"""Writes the generated parts of README.md and docs/results.md. `--check` only compares (exit code 1 = stale).
 
-A part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; nothing else of the file is touched.
+A part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->`; nothing else of a file is touched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 DIRECT = (  # read where they are used, not through the configuration
     (
         "WINNOW_HOME",
@@ -100,38 +99,43 @@ def calibrations() -> str:
     return "\n".join(lines)
 
 
-def measurements() -> str:
+def measurements(front: bool) -> str:
     """The tables of tests/bench/results."""
     tables = runpy.run_path(str(ROOT / "tests" / "bench" / "tables.py"))
-    return str(tables["markdown"](tables["load"]()))
+    return str(tables["markdown"](tables["load"](), front))
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "settings": settings, "methods": methods, "calibrations": calibrations, "measurements": measurements,
+DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "settings": settings, "methods": methods, "calibrations": calibrations, "measurements": lambda: measurements(front=True),
+    },
+    "docs/results.md": {"measurements": lambda: measurements(front=False)},
 }  # fmt: skip
 
 
-def rewritten(text: str) -> str:
-    """`text` with every generated part made anew.
+def rewritten(name: str) -> str:
+    """The document with every generated part made anew.
 
     Raises:
         ValueError: a part without its pair of markers, or with several.
     """
-    for name, make in PARTS.items():
-        pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+    text = (ROOT / name).read_text()
+    for part, make in DOCUMENTS[name].items():
+        pattern = re.compile(rf"(<!-- generated: {part} -->\n).*?(<!-- end: {part} -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
-            raise ValueError(f"README.md needs the markers of {name} exactly once")
+            raise ValueError(f"{name} needs the markers of {part} exactly once")
         body = make()
         text = pattern.sub(lambda match, body=body: match[1] + body + "\n" + match[2], text)
     return text
 
 
 def main() -> None:
-    old = README.read_text()
-    new = rewritten(old)
+    new = {ROOT / name: rewritten(name) for name in DOCUMENTS}
+    stale = [path.name for path, text in new.items() if path.read_text() != text]
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md is stale: run `make docs`" if new != old else 0)
-    README.write_text(new)
+        sys.exit(f"stale: {', '.join(stale)}; run `make docs`" if stale else 0)
+    for path, text in new.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's tables of the committed result files. The schema itself is `results.ResultFile`; docs/results.md explains it."""
+"""Tables of the committed result files, for README.md and docs/results.md, which explains the schema (`results.ResultFile`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class View(NamedTuple):
         line, column: where a row stands, from the pattern's groups.
         what: what the cells are, for the reader.
         values: columns that begin with one of these show values, the others ratios.
+        fewest: rows of the first column with fewer repetitions than the second says are too noisy to be shown.
     """
 
     pattern: str
@@ -24,12 +25,29 @@ class View(NamedTuple):
     column: str
     what: str
     values: tuple[str, ...] = ()
+    fewest: tuple[str, int] = ("", 0)
 
 
 _RATE = "TFLOP/s on kept pairs over those of the dense control"
 NOT_SHOWN = {"break_even_cpu_bfloat16", "break_even_cpu_float32"}  # what workers/prefill/costs.json is fitted to
+FRONT = (
+    "executor_h100",
+    "prefill_h100",
+    "quality",
+    "ttft_served_h100",
+    "ttft_cpu",
+    "spine_cpu",
+)  # in the README, by the first view
 VIEWS: dict[str, tuple[View, ...]] = {
-    "executor_h100": (View(r"(\w+)/(.+)", r"\2", r"\1", f"keys / density / tile or window; {_RATE}"),),
+    "executor_h100": (
+        View(
+            r"(executor(?:_flex)?)/(\d+/0\.\d+)/128x128",
+            r"\2",
+            r"\1",
+            f"the executor and FlexAttention, keys / density; {_RATE}",
+        ),
+        View(r"(\w+)/(.+)", r"\2", r"\1", f"keys / density / tile or window; {_RATE}"),
+    ),
     "executor_cpu": (View(r"\w+/(.+)", r"\1", "time over dense", "keys / density / tile / lists"),),
     "stored_h100": (
         View(
@@ -105,22 +123,24 @@ VIEWS: dict[str, tuple[View, ...]] = {
     ),
     "quality": (
         View(
+            r"quality/all/([^/]+)/(score|perplexity|recall|density)",
+            r"\1",
+            r"\2",
+            "the default model, over 2,048, 4,096 and 8,064 tokens: task score and perplexity of real text over dense's, recall, "
+            "density. Scores of 1,650 prompts for `recall` and its .95 (standard error .006), of 330 else (.01 to .02), and none "
+            "of methods that were given fewer than 100",
+            ("recall", "density"),
+            ("score", 100),
+        ),
+        View(
             r"quality/(2048|4096|8064)/([^/]+)/(score|recall|density)",
             r"\2",
             r"\3 \1",
-            "score over dense, recall, density, by length, in chunks of 4,096 tokens, the last 128 of a prompt dense. 550 "
-            "prompts a length for `recall` and its .95 (standard error .01); 135 at 2,048 and 4,096 tokens (.01 to .03) and 62 "
-            "at 8,064 (.03 to .05) for its .98, `dhsa`, `sale`, `seerattention`, and the densest variant of the methods that "
-            "have several; 17 and 7 for the rest (`sea` 2), too few to tell their scores apart",
+            "score over dense, recall, density, by length, in chunks of 4,096 tokens, the last 128 of a prompt dense. Scores of "
+            "550 prompts a length for `recall` and its .95 (standard error .01), else of 135 at 2,048 and 4,096 tokens (.01 to "
+            ".03) and 62 at 8,064 (.03 to .05)",
             ("recall", "density"),
-        ),
-        View(
-            r"quality/all/([^/]+)/(score|perplexity|density)",
-            r"\1",
-            r"\2",
-            "over all three lengths: score (standard error .006 for `recall` and its .95, of 1,650 prompts; .01 to .02 where "
-            "330) and perplexity of real text over dense's, density",
-            ("density",),
+            ("score", 50),
         ),
     ),
 }  # fmt: skip
@@ -146,17 +166,18 @@ def load(folder: Path | None = None) -> dict[str, Any]:
     return {path.stem: results.ResultFile.model_validate_json(path.read_text()) for path in paths}
 
 
-def markdown(files: dict[str, Any]) -> str:
-    """One table per file: value, control, their ratio, repetitions and spread."""
+def markdown(files: dict[str, Any], front: bool = False) -> str:
+    """Tables of each file: its views, else all rows with control, ratio, n and spread. `front`: only what the README shows."""
     if not files:
         return "No results are committed yet."
-    return "\n\n".join(_one(name, data) for name, data in files.items() if name not in NOT_SHOWN)
+    names = [name for name in FRONT if name in files] if front else [name for name in files if name not in NOT_SHOWN]
+    return "\n\n".join(_one(name, files[name], front) for name in names)
 
 
-def _one(name: str, data: Any) -> str:
+def _one(name: str, data: Any, front: bool) -> str:
     title = f"**{name}** · {data.machine} · {data.date[:10]} · commit `{data.commit}` · `{data.command}`"
     if name in VIEWS:
-        return "\n\n".join((title, *(_grid(view, data) for view in VIEWS[name])))
+        return "\n\n".join((title, *(_grid(view, data) for view in VIEWS[name][: 1 if front else None])))
     lines = [
         title,
         "",
@@ -175,6 +196,8 @@ def _grid(view: View, data: Any) -> str:
     for row in data.rows:
         if found := re.fullmatch(view.pattern, row.name):
             column = found.expand(view.column)
+            if column.startswith(view.fewest[0]) and row.n < view.fewest[1]:
+                continue
             value = row.value if column.startswith(view.values or ("\0",)) else row.ratio
             cells.setdefault(found.expand(view.line), {})[column] = number(value)
     columns = list(dict.fromkeys(column for line in cells.values() for column in line))
