@@ -93,7 +93,8 @@ class PrefillBackend:
         method: plans the reads, or None for dense attention.
         planned: of a pass's rows the first so many are planned by the method, the rest is dense; None = all of them.
         tally: mutated, one addition a layer.
-        samples: (row of this pass, slot of the segment's query sample) pairs to keep.
+        samples: rows of this pass [S] int64, on q's device, whose queries go to the slots from `first_slot` on of the segment's
+            query sample; None = none.
         measure_rows: rows of each layer on which a plan's recall is measured; 0 = not measured.
         break_even: says where the method would not pay, and dense attention runs instead; None = it always runs.
     """
@@ -103,7 +104,8 @@ class PrefillBackend:
     method: PrefillMethod | None
     tally: Tally
     planned: int | None = None
-    samples: list[tuple[int, int]] = field(default_factory=list)
+    samples: Tensor | None = None
+    first_slot: int = 0
     measure_rows: int = 0
     break_even: BreakEven | None = None
 
@@ -128,16 +130,18 @@ class PrefillBackend:
             last = self._attend(layer, None, q[None, :, border:], keys, values)
             # tokens before heads, as the kernel writes them and the next product reads them: else this takes six times as long
             out = torch.cat((first.transpose(1, 2), last.transpose(1, 2)), 1).transpose(1, 2)
-        kept = self.segment.query_sample(layer.idx) if self.samples else None
-        if kept is not None:
-            rows, slots = zip(*self.samples, strict=True)
-            kept[:, slots] = q[:, rows].to(kept.device)
+        kept = self.segment.query_sample(layer.idx)
+        if kept is not None and self.samples is not None:
+            kept[:, self.first_slot : self.first_slot + len(self.samples)] = q.index_select(1, self.samples)
         return out[0]
 
     def _plan(self, layer: LayerSpec, method: PrefillMethod, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
         """What the method reads of this layer; None = dense."""
         n, m = q.shape[2], k.shape[2]
-        if self.break_even is None or 0 < layer.window < m:  # a window is cheaper than what the costs were measured on
+        if self.break_even is None:
+            return method.plan(q, k, layer, raw)
+        if layer.softcap and q.device.type == "cpu":
+            # Dense attention is float32 math there, many times what the costs were measured on; a plan takes its share of it.
             return method.plan(q, k, layer, raw)
         if not self.break_even.tries(layer, n, m, q.device):
             return None

@@ -2,7 +2,8 @@
 
 The choice depends on the tokens up to a chunk's end, the method and the kind of device alone, never on other requests or on a
 clock: the same chunk after the same tokens gives the same KV. On an accelerator a plan's density travels to the host beside the
-work and is looked at a fixed number of layers later, so that the host stays ahead and the device never runs dry.
+work and is looked at a fixed number of layers later, so that the host stays ahead and the device never runs dry; a chunk's first
+one before a second plan is made, so that a text unlike the usual ones costs one layer and not several.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.prefill.costs import DeviceCosts, MethodCosts, Size
 
-LAG = 8  # passes from a plan on an accelerator to the first choice that knows its density; so far the host may run ahead
+# Passes from a plan on an accelerator to the first choice that knows its density: so far the host may run ahead. A chunk's first
+# density is waited for; the device has that layer's attention and linear work to do meanwhile.
+LAG = 8
 # Of what dense attention would have taken so far: what may be lost in finding out that sparse does not pay. Half of the 3 % that
 # are promised, for what predictions are off.
 ALLOWANCE = 0.015
@@ -42,7 +45,7 @@ class _Read:
     def __init__(self, value: Tensor) -> None:
         self._value = value.to("cpu", non_blocking=True)  # into pinned memory
         self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        self._arrived.record(torch.cuda.current_stream(value.device))
 
     def wait(self) -> float:
         self._arrived.synchronize()
@@ -55,8 +58,9 @@ class BreakEven:
     chunk.
 
     A layer is tried when the method is predicted to gain a tenth at the density that is expected: the mean of the
-    layers' so far in this chunk, else the usual one of the method with its parameters at this length. Else it is tried when
-    what that may lose fits the allowance: 1.5 % of dense attention's time so far in the chunk, less what has been lost already.
+    layers' so far in this chunk as far as known, else the usual one of the method with its parameters at this length. Else when
+    what that may lose fits the allowance: 1.5 % of dense attention's time so far in the chunk, less what has been lost already,
+    or may be by trials of which the density is on its way.
     On a CPU, where a plan's density is known at once, a plan that is too dense is dropped: only its selection is lost.
 
     Calls smaller than any that was measured are dense. A method that nobody measured on this kind of device is tried from 8192
@@ -75,9 +79,9 @@ class BreakEven:
     _densities: list[float] = field(default_factory=list)  # of the layers so far
     _dense_ms: float = 0.0
     _lost_ms: float = 0.0
-    _is_trial: bool = False
+    _trial_ms: float = 0.0  # what the pass that is tried now may lose; 0 = it is expected to pay
     _passes: int = 0  # of this chunk
-    _on_the_way: deque[tuple[int, Size, _Read]] = field(default_factory=deque)  # and the pass they belong to
+    _on_the_way: deque[tuple[int, Size, float, _Read]] = field(default_factory=deque)  # the pass, and what it may lose as a trial
 
     @property
     def _costs(self) -> tuple[DeviceCosts, MethodCosts] | None:
@@ -94,8 +98,8 @@ class BreakEven:
     def tries(self, layer: LayerSpec, rows: int, keys: int, device: torch.device) -> bool:
         """Whether the method shall plan this pass."""
         self._passes += 1
-        while self._on_the_way and self._on_the_way[0][0] <= self._passes - LAG:
-            _, size, density = self._on_the_way.popleft()
+        while self._on_the_way and (not self._densities or self._on_the_way[0][0] <= self._passes - LAG):
+            _, size, _, density = self._on_the_way.popleft()
             self._note(size, density.wait(), may_drop=False)
         reason = self._why_not(layer, Size.of(layer, rows, keys), device)
         if reason:
@@ -104,6 +108,8 @@ class BreakEven:
 
     def _why_not(self, layer: LayerSpec, size: Size, device: torch.device) -> str:
         """One of `DENSE_REASONS`, "" = it is tried."""
+        if 0 < layer.window < size.keys or layer.softcap:  # dense reads the window alone; no fast path of a plan soft-caps
+            return "no_gain"
         if self._costs is None:
             if size.keys < _LEAST_KEYS:
                 return "too_short"
@@ -116,9 +122,12 @@ class BreakEven:
         expected = self._expected(method.usual_density(size.keys, self.method.partition(":")[2]))
         around = 0.0 if device.type == "cpu" else _AROUND_MS
         selection, attention = method.selection_ms(size) + around, method.attention_ms(size, expected)
-        self._is_trial = selection + attention > dense * _PAYS_BELOW
-        worst = selection if device.type == "cpu" else selection + max(0.0, method.attention_ms(size, 1.0) - dense)
-        return "no_gain" if self._is_trial and self._lost_ms + worst > ALLOWANCE * self._dense_ms else ""
+        self._trial_ms = 0.0
+        if selection + attention <= dense * _PAYS_BELOW:
+            return ""
+        self._trial_ms = selection if device.type == "cpu" else selection + max(0.0, method.attention_ms(size, 1.0) - dense)
+        at_risk = sum(trial_ms for _, _, trial_ms, _ in self._on_the_way)
+        return "" if self._lost_ms + at_risk + self._trial_ms <= ALLOWANCE * self._dense_ms else "no_gain"
 
     def _expected(self, usual: float) -> float:
         return sum(self._densities) / len(self._densities) if self._densities else usual
@@ -136,8 +145,8 @@ class BreakEven:
                 self.counts["too_dense"] += 1
                 return False
         else:
-            self._on_the_way.append((self._passes, size, _Read(share)))
-        self.counts["unmeasured" if self._costs is None else "trial" if self._is_trial else "pays"] += 1
+            self._on_the_way.append((self._passes, size, self._trial_ms, _Read(share)))
+        self.counts["unmeasured" if self._costs is None else "trial" if self._trial_ms else "pays"] += 1
         return True
 
     def _note(self, size: Size, density: float, *, may_drop: bool) -> bool:

@@ -15,6 +15,7 @@ from winnow.workers.model.decoder import Decoder
 from winnow.workers.prefill.backend import PrefillBackend, Tally, sample_positions
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.break_even import BreakEven
+from winnow.workers.prefill.scoring import on_device
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,13 @@ def forward_steps(
     sampled = sample_positions(passes[0].start if passes else len(ids), len(ids), n_samples)
     for one in passes:
         start, end = one.start, one.end
-        rows = [(position - start, slot) for slot, position in enumerate(sampled) if start <= position < end]
+        slots = [slot for slot, position in enumerate(sampled) if start <= position < end]  # in one piece: positions ascend
+        rows = on_device(torch.tensor([sampled[slot] - start for slot in slots]), decoder.device) if slots else None
         if break_even is not None:
             break_even.begin_chunk()
-        backend = PrefillBackend(segment, start, one.method, tally, one.planned, rows, measure_rows, break_even)
+        backend = PrefillBackend(
+            segment, start, one.method, tally, one.planned, rows, slots[0] if slots else 0, measure_rows, break_even
+        )
         positions = torch.arange(start, end, device=decoder.device)
         for layer in decoder.iter_forward(tokens[start:end], positions, backend):
             if by_layer and layer + 1 < n_layers:

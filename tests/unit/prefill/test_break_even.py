@@ -9,8 +9,8 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -285,33 +285,91 @@ def test_a_method_that_leaves_a_layer_dense_by_itself_counts_as_neither() -> Non
     assert (choice.counts, dense_share(choice.counts)) == (Counter(method=1), 0.0)
 
 
-def test_on_an_accelerator_a_density_is_known_a_fixed_number_of_layers_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan on the meta device cannot be read: anything that looked at it before it has arrived would raise."""
-    read = plan_of(1024, 1024, 1.0)
-    monkeypatch.setitem(vars(read), "kept_pairs", torch.empty(1, 1, dtype=torch.int64, device="meta"))
-    waited: list[int] = []
+class Arriving:
+    """A density on its way from an accelerator that does not exist: a plan on the meta device cannot be read, so anything that
+    looked at it before it has arrived would raise."""
 
-    class Arriving:
-        def __init__(self, value: torch.Tensor) -> None:
-            assert value.device.type == "meta"
+    densities: ClassVar[list[float]] = []
+    waited: ClassVar[list[float]] = []
 
-        def wait(self) -> float:
-            waited.append(choice._passes)
-            return 1.0
+    def __init__(self, value: torch.Tensor) -> None:
+        assert value.device.type == "meta"
+        self._density = Arriving.densities.pop(0)
 
+    def wait(self) -> float:
+        Arriving.waited.append(self._density)
+        return self._density
+
+
+@pytest.fixture
+def arriving(monkeypatch: pytest.MonkeyPatch) -> type[Arriving]:
     monkeypatch.setattr(break_even, "_Read", Arriving)
-    cuda = torch.device("cuda")
-    choice = BreakEven(COSTS, "x")
-    for idx in range(LAG):
-        assert choice.tries(layer(idx), 1024, 1024, cuda) and choice.takes(layer(idx), read), "what is usual"
-    assert not waited
-    assert not choice.tries(layer(LAG), 1024, 1024, cuda), "the first layer was dense"
-    assert waited == [LAG + 1]
+    monkeypatch.setattr(Arriving, "densities", [])
+    monkeypatch.setattr(Arriving, "waited", [])
+    return Arriving
+
+
+def unread(n: int, m: int, heads: int = 4) -> Any:
+    return SimpleNamespace(
+        n_rows=n, n_keys=m, mask_heads=heads, kept_pairs=torch.empty(1, heads, dtype=torch.int64, device="meta")
+    )
+
+
+CUDA = torch.device("cuda")
+
+
+def test_on_an_accelerator_a_density_is_known_a_fixed_number_of_layers_later(arriving: type[Arriving]) -> None:
+    arriving.densities = [0.7, *([1.0] * (LAG - 1))]
+    choice, read = BreakEven(COSTS, "x"), unread(1024, 1024)
+    assert choice.tries(layer(0), 1024, 1024, CUDA) and choice.takes(layer(0), read), "what is usual"
+    assert arriving.waited == []
+    for idx in range(1, LAG):
+        assert choice.tries(layer(idx), 1024, 1024, CUDA) and choice.takes(layer(idx), read), "as the first one"
+        assert arriving.waited == [0.7], "a chunk's first one is waited for"
+    assert choice.tries(layer(LAG), 1024, 1024, CUDA), "no other has had the time"
+    assert not choice.tries(layer(LAG + 1), 1024, 1024, CUDA), "the second layer was dense"
+    assert arriving.waited == [0.7, 1.0]
     assert choice._lost_ms == pytest.approx(0.15 * COSTS.dense_ms(Size(1024, 1024, 4, 32)) + break_even._AROUND_MS)
     choice.begin_chunk()
-    for idx in range(LAG + 1):
-        assert choice.tries(layer(idx), 1024, 2048, cuda), "what was on its way belonged to the chunk before"
-    assert waited == [LAG + 1]
+    arriving.densities = [0.1, 0.1]
+    for idx in range(2):
+        assert choice.tries(layer(idx), 1024, 2048, CUDA) and choice.takes(layer(idx), unread(1024, 2048))
+    assert arriving.waited == [0.7, 1.0, 0.1], "what was on its way belonged to the chunk before"
+
+
+def shipped() -> DeviceCosts:
+    return DeviceCosts.from_json(json.loads((ROOT / "workers/prefill/costs.json").read_text())["devices"]["sm_90_16"])
+
+
+@pytest.mark.parametrize("method", sorted(set(shipped().methods) - {"dhsa-v1"}))  # whose plans hold a share that is a parameter
+def test_on_an_accelerator_no_density_that_all_layers_share_costs_three_percent(method: str, arriving: type[Arriving]) -> None:
+    """The layers of an 8B Llama in chunks of 16,384, by the shipped costs of an H100, at densities that nobody would expect."""
+    costs, own, n, n_layers = shipped(), shipped().methods[method], 16384, 32
+    for chunks in (1, 2, 4, 8):
+        for density in (0.02, 0.5, 1.0):
+            choice, total, whole = BreakEven(costs, method), 0.0, 0.0
+            for m in range(n, (chunks + 1) * n, n):
+                choice.begin_chunk()
+                size = Size(n, m, 32, 128)
+                dense = costs.dense_ms(size)
+                for idx in range(n_layers):
+                    one = LayerSpec(idx, 32, 8, 128, 0.1)
+                    took = choice.tries(one, n, m, CUDA)
+                    if took:
+                        arriving.densities.append(density)
+                        assert choice.takes(one, unread(n, m, 32))
+                    total += own.selection_ms(size) + own.attention_ms(size, density) + break_even._AROUND_MS if took else dense
+                    whole += dense
+            assert total <= 1.03 * whole, (chunks, density, choice.counts)
+
+
+def test_layers_with_a_window_or_soft_capping_are_dense(arriving: type[Arriving]) -> None:
+    """A window is all that dense attention reads there, and no fast path of a plan soft-caps."""
+    choice = BreakEven(COSTS, "x")
+    assert choice.tries(replace(LAYER, window=1024), 1024, 1024, CPU), "a window that holds everything"
+    assert not choice.tries(replace(LAYER, window=1023), 1024, 1024, CPU)
+    assert not choice.tries(replace(LAYER, softcap=50.0), 1024, 1024, CUDA)
+    assert choice.counts == Counter(no_gain=2)
 
 
 @pytest.mark.parametrize("device", [None, COSTS], ids=["device", "method"])
