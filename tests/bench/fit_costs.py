@@ -4,13 +4,14 @@
 
 Reads `prefill/<N>[of<M>]/<workload>/<method>/{selection_ms, attention_ms, density}`, whose control is dense attention of the
 same shape in the same run, and `executor/<N>/<density>/<tile>` (TFLOP/s on kept pairs, control cudnn). A kind of device needs
-a file of the first kind; where it is missing, what costs.json holds of the device is kept.
+a file of the first kind; where it is missing, what costs.json holds of the device is kept. What was measured on captured layers
+only, because it needs what was learnt for their model, is fitted to those.
 
 Coefficients are not negative and minimise the relative error (`workers/prefill/costs.py` has the formulas). Selection and
-attention are fitted per method and the parameters of it that are words, whatever the others; where its cells are few, attention
-is also fitted to them and the executor's, whichever predicts better. A method's margin is then the smallest of 1.00, 1.01, ...
-3.00 that makes up for what its cells took longer than predicted, in the median, and with which none of them, predicted from its
-own density, costs more than dense by 2 %: one less than is promised.
+attention are fitted per method and the parameters of it that choose what is run, whatever the others; where its cells are few,
+attention is also fitted to them and the executor's, whichever predicts better. A method's margin is then the smallest of 1.00,
+1.01, ... 3.00 that makes up for what its cells took longer than predicted, in the median, and with which none of them, predicted
+from its own density, costs more than dense by 2 %: one less than is promised.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ NEVER = 1e6  # a margin with which sparse is not chosen
 FEW = 6  # cells: three coefficients fit three of them whatever they are
 # the workloads whose densities are expected before anything is known of a prompt, where real text was not measured the second
 STRUCTURED = ("text", "model-like")
+CAPTURED = (9, 64)  # query heads and head size of the default model, whose layers are captured
 # kind of device -> (files, query heads, head size)
 DEVICES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "cpu_float32": (("break_even_cpu_float32.json",), 9, 64),
@@ -69,19 +71,23 @@ class Cell:
 def read_cells(results: Path, names: Sequence[str], heads: int, head_size: int) -> list[Cell]:
     """The cells of these files; files that are not there have none."""
     rows = [row for name in names if (results / name).is_file() for row in json.loads((results / name).read_text())["rows"]]
-    return [*_prefill_cells(rows, heads, head_size), *_executor_cells(rows, heads, head_size)]
+    cells = list(_prefill_cells(rows, r"\d+(?:of\d+)?", heads, head_size))
+    known = {cell.variant for cell in cells}
+    captured = [cell for cell in _prefill_cells(rows, r"captured-\d+", *CAPTURED) if cell.variant not in known]
+    return [*cells, *captured, *_executor_cells(rows, heads, head_size)]
 
 
-def _prefill_cells(rows: list[dict[str, Any]], heads: int, head_size: int) -> Iterator[Cell]:
+def _prefill_cells(rows: list[dict[str, Any]], shape: str, heads: int, head_size: int) -> Iterator[Cell]:
+    """shape: a pattern of the second part of the rows' names."""
     found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        match = re.fullmatch(r"prefill/(\d+(?:of\d+)?)/([^/]+)/([^/]+)/(selection_ms|attention_ms|density)", row["name"])
+        match = re.fullmatch(rf"prefill/({shape})/([^/]+)/([^/]+)/(selection_ms|attention_ms|density)", row["name"])
         if match:
             found.setdefault((match[1], match[2], match[3]), {})[match[4]] = row
     for (at, workload, spec), cell in found.items():
         if len(cell) < 3:
             continue
-        n, _, m = at.partition("of")
+        n, _, m = at.removeprefix("captured-").partition("of")
         size = Size(int(n), int(m or n), heads, head_size)
         yield Cell(
             variant_of(full_spec(spec)), spec, workload, size, cell["density"]["value"], cell["attention_ms"]["control_value"],

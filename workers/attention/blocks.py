@@ -23,11 +23,13 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """
     if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise InvalidRequest(f"attention: q, k, v do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
-    if q.shape[1] % k.shape[1] or not 1 <= q.shape[2] <= k.shape[2]:
+    if not (k.shape[1] and q.shape[0]) or q.shape[1] % k.shape[1] or not 1 <= q.shape[2] <= k.shape[2]:
         raise InvalidRequest(
-            "attention: query heads must be a multiple of KV heads and 1 <= rows <= keys, "
-            f"got {q.shape[1]} and {k.shape[1]} heads, {q.shape[2]} rows and {k.shape[2]} keys"
+            "attention: needs a sequence, query heads a multiple of KV heads and 1 <= rows <= keys, "
+            f"got {q.shape[0]} sequences, {q.shape[1]} and {k.shape[1]} heads, {q.shape[2]} rows and {k.shape[2]} keys"
         )
+    if not q.device == k.device == v.device:
+        raise InvalidRequest(f"attention: q, k and v must lie on one device, got {q.device}, {k.device}, {v.device}")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         got = f"{q.dtype}, {k.dtype}, {v.dtype}"
         raise Unsupported(f"attention: q, k and v must share one of float32, float16, bfloat16, got {got}")

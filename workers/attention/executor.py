@@ -25,8 +25,8 @@ def attend_plan(
 
     Args:
         plan: None = dense. Its mask heads may be the query heads, the KV heads or 1; its batch that of q, or 1.
-        q: [B, Hq, N, D], float32, float16 or bfloat16, innermost stride 1.
-        k, v: [B, Hkv, M, D], same dtype, M >= N; any outer strides.
+        q: [B, Hq, N, D], float32, float16 or bfloat16.
+        k, v: [B, Hkv, M, D], same dtype and device, M >= N; any outer strides. An innermost stride other than 1 costs a copy.
         scale: factor on q.k before the softmax.
         softcap: logits become softcap * tanh(logits / softcap); 0 = none.
         window: a row at position p reads keys > p - window only, whatever the plan keeps; 0 = no limit.
@@ -41,6 +41,7 @@ def attend_plan(
     Mutates nothing. Works in float32 inside and rounds once per partial result.
     """
     blocks.check_inputs(q, k, v)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the fused kernels take it for granted
     window = 0 if window >= k.shape[2] else window
     if plan is None:
         return _dense(q, k, v, scale, softcap, window)
@@ -100,7 +101,8 @@ def attend_keys(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float
     """One query token over all keys given: the decode step.
 
     Args:
-        q: [Hq, D]. k, v: [Hkv, m, D], same dtype; views of a longer cache are read in place. m = 0 is allowed.
+        q: [Hq, D]. k, v: [Hkv, m, D], same dtype and device, innermost stride 1; views of a longer cache are read in place.
+            m = 0 is allowed. Not checked: this is called for every layer of every token.
 
     Returns:
         out [Hq, D] float32 and lse [Hq] float32; with m = 0, out 0 and lse -inf.

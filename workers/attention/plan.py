@@ -150,14 +150,14 @@ class TilePlan:
         Args:
             mask: [B, Hm, nQ, nK] bool, any device. Ignored for heads that are not CSR.
             head_class: [B, Hm] int8; default: all CSR. Give it on the CPU to avoid waiting for the device.
-            sink, recent: [B, Hm] int32 tokens, needed when a head is STREAMING.
+            sink, recent: [B, Hm] integer tokens, needed when a head is STREAMING; at least 0 and 1 count.
             token_columns: B * Hm * nQ rows of keys, ascending. Those in kept tiles, after the query tile, of heads that are not
                 CSR, repeated or outside 0..M-1 are dropped. `TileLists.from_ids` makes them.
             mean_correction, residual: see the class.
             row_intervals: [B, Hm, N, 2] integer, needed when a head is INTERVAL; see `intervals`.
 
         Raises:
-            InvalidRequest: sizes that do not fit.
+            InvalidRequest: sizes that do not fit, a class that is none of `HeadClass`, or what a class needs is missing.
         """
         n_q, n_k = tile_counts(n_rows, n_keys, block_q, block_k)
         if mask.dim() != 4 or mask.dtype != torch.bool or tuple(mask.shape[2:]) != (n_q, n_k):
@@ -168,9 +168,13 @@ class TilePlan:
         full, _, diagonal = tile_kinds(n_rows, n_keys, block_q, block_k, mask.device)
         wanted = mask | diagonal
         heads = _csr_heads(*mask.shape[:2], n_rows, n_keys, block_q, block_k, mask.device)
+        for name, given in (("head_class", head_class), ("sink", sink), ("recent", recent), ("row_intervals", row_intervals)):
+            if given is not None and given.shape[:2] != mask.shape[:2]:
+                raise InvalidRequest(f"plan: {name} must begin with [B, Hm] = {list(mask.shape[:2])}, got {list(given.shape)}")
         kinds, class_, partial = frozenset({HeadClass.CSR}), heads.head_class, heads.partial
         if head_class is not None:
-            kinds = frozenset(HeadClass(int(c)) for c in head_class.unique())
+            streams = sink is not None and recent is not None
+            kinds = _kinds(head_class, can_stream=streams, has_intervals=row_intervals is not None)
             class_ = head_class.to(mask.device, torch.int8)
             is_csr = class_ == HeadClass.CSR
             full = full & is_csr[:, :, None, None]
@@ -187,8 +191,8 @@ class TilePlan:
             class_,
             TileLists.from_mask(wanted & full),
             partial,
-            sink.to(mask.device, torch.int32) if sink is not None else heads.sink,
-            recent.to(mask.device, torch.int32) if recent is not None else heads.recent,
+            sink.to(mask.device, torch.int32).clamp(min=0) if sink is not None else heads.sink,
+            recent.to(mask.device, torch.int32).clamp(min=1) if recent is not None else heads.recent,
             kinds,
             token_columns,
             mean_correction,
@@ -230,6 +234,8 @@ class TilePlan:
         Raises:
             InvalidRequest: not [B, Hm, N, 2], or fewer keys than rows.
         """
+        if intervals.dim() != 4:
+            raise InvalidRequest(f"plan: row_intervals must be [B, Hm, N, 2], got {list(intervals.shape)}")
         batch, heads, n = intervals.shape[:3]
         plan = cls._uniform(HeadClass.INTERVAL, 0, 1, batch, heads, n, n_keys, block_q, block_k, intervals.device)
         return replace(plan, row_intervals=causal_intervals(intervals, n, n_keys))
@@ -323,6 +329,18 @@ class TilePlan:
         from winnow.workers.attention import invariants  # which needs this module
 
         invariants.check(self)
+
+
+def _kinds(head_class: Tensor, *, can_stream: bool, has_intervals: bool) -> frozenset[HeadClass]:
+    """The classes that occur in head_class [B, Hm]. Waits for its device."""
+    found = set(head_class.unique().tolist())
+    if unknown := found - {*HeadClass}:
+        raise InvalidRequest(f"plan: head_class must hold values of HeadClass, 0 to {max(HeadClass)}, got {sorted(unknown)}")
+    if HeadClass.STREAMING in found and not can_stream:
+        raise InvalidRequest("plan: a STREAMING head needs sink and recent")
+    if HeadClass.INTERVAL in found and not has_intervals:
+        raise InvalidRequest("plan: an INTERVAL head needs row_intervals")
+    return frozenset(map(HeadClass, found))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@
 pairs: causal (query, key) pairs x query heads x head size, in 1e9; rows and keys: their number x query heads x head size, in
 1e6. So heads of another number or size scale with the work. `tests/bench/fit_costs.py` makes costs.json; see there for how.
 
-A method has its costs by name, and by name and the parameters that are words ("flashprefill:correction=true"): those choose
-what is run, and numbers how much of it.
+A method has its costs by name, and by name and the parameters that choose what is run: those that are words
+("flashprefill:correction=true") and a few numbers. Other numbers say how much of it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from winnow.registry import parse_spec
 from winnow.types import MethodChoice
 from winnow.workers.attention.backend import LayerSpec
 
+_SWITCHES = frozenset({"chunk_tokens"})  # DHSA with chunks of one length does not run its border predictor
 FILE = Path(__file__).with_name("costs.json")
 Coefficients = tuple[float, float, float]
 
@@ -117,9 +118,10 @@ class DeviceCosts:
 
 
 def variant_of(spec: str) -> str:
-    """A `PrefillMethod.spec` without the parameters that are numbers."""
+    """A `PrefillMethod.spec` with the parameters that choose what is run only; "set" stands for numbers among them."""
     name, params = parse_spec(spec)
-    return MethodChoice(name, {key: value for key, value in params.items() if not _is_number(value)}).spec
+    chosen = {key: "set" if _is_number(value) else value for key, value in params.items()}
+    return MethodChoice(name, {key: value for key, value in chosen.items() if value != "set" or key in _SWITCHES}).spec
 
 
 def _is_number(text: str) -> bool:

@@ -103,16 +103,18 @@ def test_huge_logits_stay_finite(size: float) -> None:
 
 
 def test_tiles_that_are_not_listed_are_not_read() -> None:
-    """Keys and values of unlisted tiles are NaN, which any read of them would carry into the output."""
-    geometry = (1, 2, 1, 128, 256, 16, 16)
+    """Keys and values of tiles that no list holds are NaN, which any read of them would carry into the output."""
+    geometry = (1, 4, 2, 128, 256, 16, 16)
     q, k, v = tensors(*geometry[:5])
-    plan = random_plan(geometry, 1, 0.2)
-    listed = plan.tile_mask().any(2)[0, 0].repeat_interleave(16)
-    assert 0.2 < float(listed.float().mean()) <= 1.0
-    only_last = TilePlan.from_mask(torch.zeros(1, 1, 8, 16, dtype=torch.bool), n_rows=128, n_keys=256, block_q=16, block_k=16)
-    k, v = k.clone(), v.clone()
-    k[:, :, :128], v[:, :, :128] = torch.nan, torch.nan
-    assert bool(attend_plan(only_last, q, k, v, scale=SCALE)[0].isfinite().all())
+    for mask_heads in (1, 2, 4):
+        mask = random_plan(geometry, mask_heads, 0.4).tile_mask()
+        mask[..., [1, 2, 5, 7]] = False  # tiles that lie before all queries
+        plan = TilePlan.from_mask(mask, n_rows=128, n_keys=256, block_q=16, block_k=16)
+        expected = attend_plan(plan, q, k, v, scale=SCALE)
+        listed = mask.any(1).any(1)[0].repeat_interleave(16)
+        assert int(listed.sum()) == 12 * 16
+        holes_k, holes_v = (x.masked_fill(~listed[:, None], torch.nan) for x in (k, v))
+        torch.testing.assert_close(attend_plan(plan, q, holes_k, holes_v, scale=SCALE), expected)
 
 
 def test_gathering_in_small_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +136,18 @@ def test_row_blocks_of_the_plain_path_change_nothing(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_tensors_of_any_layout_give_the_same(which: int) -> None:
+    geometry = (1, 4, 2, 100, 150, 16, 16)
+    inputs = list(tensors(*geometry[:5]))
+    for plan in (None, random_plan(geometry, 4, 0.3)):
+        expected = attend_plan(plan, *inputs, scale=SCALE)
+        moved = list(inputs)
+        moved[which] = torch.stack((inputs[which], torch.full_like(inputs[which], torch.nan)), -1)[..., 0]
+        assert moved[which].stride(-1) == 2
+        torch.testing.assert_close(attend_plan(plan, *moved, scale=SCALE), expected)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v = tensors(1, 4, 2, 32, 40)
     plan = TilePlan.dense(batch=1, mask_heads=1, n_rows=32, n_keys=32)
@@ -141,8 +155,11 @@ def test_what_does_not_fit_is_refused() -> None:
         attend_plan(plan, q, k, v, scale=SCALE)
     with pytest.raises(InvalidRequest, match="3 mask heads"):
         attend_plan(TilePlan.dense(batch=1, mask_heads=3, n_rows=32, n_keys=40), q, k, v, scale=SCALE)
-    with pytest.raises(InvalidRequest, match="multiple"):
-        attend_plan(None, q[:, :3], k, v, scale=SCALE)
+    for heads, kv_heads, sequences in ((3, 2, 1), (4, 0, 1), (4, 2, 0)):
+        with pytest.raises(InvalidRequest, match="multiple"):
+            attend_plan(None, q[:sequences, :heads], k[:sequences, :kv_heads], v[:sequences, :kv_heads], scale=SCALE)
+    with pytest.raises(InvalidRequest, match="one device"):
+        attend_plan(None, q, k.to("meta"), v, scale=SCALE)
     with pytest.raises(InvalidRequest, match="rows"):
         attend_plan(None, q, k[:, :, :20], v[:, :, :20], scale=SCALE)
     with pytest.raises(Unsupported, match="float64"):

@@ -225,6 +225,8 @@ def test_intervals_are_cut_to_what_a_row_may_read() -> None:
     assert plan.density() == (4 + 1 + 1 + 1 + 3) / (4 + 5 + 6 + 7 + 8)
     with pytest.raises(InvalidRequest, match="row_intervals must be"):
         TilePlan.intervals(wanted[None, None, :, :1], n_keys=8)
+    with pytest.raises(InvalidRequest, match="row_intervals must be"):
+        TilePlan.intervals(wanted, n_keys=8)
     with pytest.raises(AssertionError, match="row_intervals: missing"):
         dataclasses.replace(plan, row_intervals=None).check()
     with pytest.raises(AssertionError, match="causality"):
@@ -241,3 +243,31 @@ def test_token_columns_need_a_row_for_every_query_tile() -> None:
 def test_a_streaming_head_needs_a_window() -> None:
     with pytest.raises(InvalidRequest, match="recent"):
         TilePlan.streaming(batch=1, mask_heads=1, n_rows=4, n_keys=4, sink=1, recent=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"head_class": torch.full((1, 2), 2)}, r"head_class must begin with \[B, Hm\] = \[2, 2\], got \[1, 2\]"),
+        ({"head_class": torch.full((2,), 2)}, "head_class must begin"),
+        ({"head_class": torch.full((2, 2), 7)}, r"0 to 3, got \[7\]"),
+        ({"head_class": torch.full((2, 2), int(HeadClass.STREAMING)), "sink": torch.ones(2, 2)}, "sink and recent"),
+        ({"head_class": torch.full((2, 2), int(HeadClass.INTERVAL))}, "needs row_intervals"),
+        ({"sink": torch.ones(2, 1)}, "sink must begin"),
+        ({"row_intervals": torch.ones(1, 2, 8, 2)}, "row_intervals must begin"),
+    ],
+)
+def test_head_classes_that_do_not_fit_or_lack_what_they_need_are_refused(given: dict[str, Tensor], word: str) -> None:
+    mask = torch.ones(2, 2, 2, 2, dtype=torch.bool)
+    with pytest.raises(InvalidRequest, match=word):
+        TilePlan.from_mask(mask, n_rows=8, n_keys=8, block_q=4, block_k=4, **given)
+
+
+def test_a_streaming_row_keeps_its_own_key_whatever_is_given() -> None:
+    none = torch.zeros(1, 1)
+    plan = TilePlan.from_mask(
+        torch.ones(1, 1, 2, 2, dtype=torch.bool), n_rows=8, n_keys=8, block_q=4, block_k=4,
+        head_class=torch.full((1, 1), int(HeadClass.STREAMING)), sink=none - 5, recent=none,
+    )  # fmt: skip
+    plan.check()
+    assert torch.equal(plan.to_dense_mask()[0, 0], torch.eye(8, dtype=torch.bool))

@@ -258,6 +258,7 @@ def test_parameters_are_named_alike_where_they_are_measured_and_where_they_are_s
     assert fitting.full_spec("of another package:a=1") == "of another package:a=1"
     assert variant_of("flashprefill:alpha=1e-3,correction=true") == "flashprefill:correction=true"
     assert variant_of("recall:recall=0.95") == "recall"
+    assert variant_of("dhsa-v1:chunk_tokens=16,budget=64") == variant_of("dhsa-v1:chunk_tokens=128") != variant_of("dhsa-v1")
 
 
 def test_a_variant_that_was_not_measured_costs_what_the_method_does() -> None:
@@ -341,7 +342,9 @@ def shipped() -> DeviceCosts:
     return DeviceCosts.from_json(json.loads((ROOT / "workers/prefill/costs.json").read_text())["devices"]["sm_90_16"])
 
 
-@pytest.mark.parametrize("method", sorted(set(shipped().methods) - {"dhsa-v1"}))  # whose plans hold a share that is a parameter
+@pytest.mark.parametrize(
+    "method", sorted(set(shipped().methods) - {"dhsa-v1:chunk_tokens=set"})
+)  # which reads a share that is given
 def test_on_an_accelerator_no_density_that_all_layers_share_costs_three_percent(method: str, arriving: type[Arriving]) -> None:
     """The layers of an 8B Llama in chunks of 16,384, by the shipped costs of an H100, at densities that nobody would expect."""
     costs, own, n, n_layers = shipped(), shipped().methods[method], 16384, 32
@@ -361,6 +364,14 @@ def test_on_an_accelerator_no_density_that_all_layers_share_costs_three_percent(
                     total += own.selection_ms(size) + own.attention_ms(size, density) + break_even._AROUND_MS if took else dense
                     whole += dense
             assert total <= 1.03 * whole, (chunks, density, choice.counts)
+
+
+@pytest.mark.parametrize("method", ["sea", "dhsa-v1"])
+def test_what_was_measured_to_take_longer_than_dense_to_choose_is_not_tried(method: str) -> None:
+    """On captured layers only, with what was learnt for their model."""
+    for n in (8192, 16384):
+        choice = BreakEven(shipped(), method)
+        assert not any(choice.tries(LayerSpec(idx, 32, 8, 128, 0.1), n, m, CUDA) for m in (n, 131072) for idx in range(32))
 
 
 def test_layers_with_a_window_or_soft_capping_are_dense(arriving: type[Arriving]) -> None:
