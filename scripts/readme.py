@@ -61,8 +61,8 @@ def methods() -> str:
     from winnow.workers.ranking.base import rankers
 
     lines = [
-        "| Slot | Name | Exact | Prefix-safe | Chunked | Needs | Falls back to | What it does |",
-        "|---|---|---|---|---|---|---|---|",
+        "| Slot | Name | Exact | Prefix-safe | Chunked | Needs | Training | Falls back to | What it does |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     slots: tuple[tuple[str, Any], ...] = (
         ("prefill", prefill_methods), ("decode", decode_methods), ("draft", draft_scorers), ("ranker", rankers),
@@ -73,8 +73,8 @@ def methods() -> str:
                 continue
             caps = entry.cls.caps
             marks = ["yes" if flag else "no" for flag in (caps.exact, caps.prefix_safe, caps.chunked)]
-            needs, fallback = ", ".join(sorted(caps.needs)) or "-", caps.fallback or "-"
-            lines.append(f"| {slot} | `{entry.name}` | {' | '.join(marks)} | {needs} | {fallback} | {escaped(caps.notes)} |")
+            needs, rest = ", ".join(sorted(caps.needs)) or "-", (caps.training or "-", caps.fallback or "-", escaped(caps.notes))
+            lines.append(f"| {slot} | `{entry.name}` | {' | '.join((*marks, needs, *rest))} |")
     return "\n".join(lines)
 
 

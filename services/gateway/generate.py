@@ -92,7 +92,6 @@ class Generator:
                 usage, cached_tokens=result.cached_tokens, prefill_density=result.density or 1.0,
                 prefill_recall=result.recall if result.HasField("recall") else None, prefill_dense_share=result.dense_share,
             )  # fmt: skip
-            usage = note_fallback(usage, "prefill", result.fallback_used, job.strict)
             await self._decode(job, lease, usage, events, entered)
 
     async def _reduce(self, job: GenerateJob, reducer: Chosen, usage: Usage, events: Events) -> tuple[GenerateJob, Usage]:

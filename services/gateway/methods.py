@@ -74,6 +74,7 @@ class Methods:
             notes=caps.notes,
             defaults=dict(_defaults(entry.cls)),
             unavailable=unfit(caps, self._served),
+            training=caps.training,
         )
 
 

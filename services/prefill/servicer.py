@@ -121,8 +121,7 @@ def _prefill_event(event: Event) -> internal_pb2.PrefillEvent:
     return internal_pb2.PrefillEvent(
         result=internal_pb2.PrefillResult(
             segment=handle_to_proto(event.segment), cached_tokens=event.cached_tokens, density=event.density,
-            queue_s=event.queue_s, work_s=event.work_s, fallback_used=event.fallback_used, recall=event.recall,
-            dense_share=event.dense_share,
+            queue_s=event.queue_s, work_s=event.work_s, recall=event.recall, dense_share=event.dense_share,
         )
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a plug-in can do. Checked at admission, so that nothing unsupported reaches a worker.
+    """What a plug-in can do. What the model decides is checked at admission, so that nothing unsupported reaches a worker.
 
     Attributes:
         heads: head layouts it accepts: "mha", "gqa".
@@ -35,8 +35,12 @@ class Capabilities:
             is served in chunks all the same: each is then a plan of its own, and KV is reused by whole chunks.
         tensor_parallel: heads may be split over devices.
         exact: equals dense attention up to rounding.
-        fallback: the method used in its place when it cannot run ("" = none).
+        fallback: the method used in its place where it cannot run, for a prefill method in the layers that it leaves out ("" =
+            none).
         needs: other roles it cannot work without, e.g. {"retrieval"}.
+        training: what a model must have had for it: "" = nothing, "calibration" = `winnow calibrate <name>` once, which a worker
+            looks for when it binds the method (a parameter may take its place, notes say which), "model" = it was trained with
+            this pattern, else quality drops.
         version: raised when results change; parts with different versions refuse each other (R17).
         notes: one line for people, shown by `winnow methods`.
     """
@@ -52,6 +56,7 @@ class Capabilities:
     exact: bool = False
     fallback: str = ""
     needs: frozenset[str] = frozenset()
+    training: str = ""
     version: int = 1
     notes: str = ""
 

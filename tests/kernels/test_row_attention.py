@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stored_cases import moved
 from torch import Tensor
 
 from winnow.workers.attention.executor import attend_plan
@@ -23,18 +24,6 @@ def made(batch: int, heads: int, n: int, m: int, share: float) -> TilePlan:
     keys = torch.arange(m).expand(batch * heads * n, m)
     columns = TileLists.from_ids(keys, torch.rand(keys.shape, generator=gen) < share / 2)
     return TilePlan.from_mask(mask, n_rows=n, n_keys=m, block_q=1, block_k=1, token_columns=columns)
-
-
-def moved(plan: TilePlan, device: str) -> TilePlan:
-    def lists(x: TileLists) -> TileLists:
-        room = torch.full((7,), 1 << 30, dtype=torch.int32)  # more room than ids, as on an accelerator
-        return TileLists(x.offsets.to(device), torch.cat((x.ids, room)).to(device))
-
-    columns = None if plan.token_columns is None else lists(plan.token_columns)
-    return replace(
-        plan, head_class=plan.head_class.to(device), full=lists(plan.full), partial=lists(plan.partial),
-        sink=plan.sink.to(device), recent=plan.recent.to(device), token_columns=columns,
-    )  # fmt: skip
 
 
 def qkv(batch: int, hq: int, hkv: int, n: int, m: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,14 +46,14 @@ def test_rows_read_what_their_lists_say(
     plan = made(batch, heads, n, m, 0.4)
     expected, expected_lse = attend_plan(plan, q.float(), k.float(), v.float(), scale=SCALE, softcap=softcap, window=window)
     on_device = (x.to(device) for x in (q, k, v))
-    out, lse = row_attention.row_attention(moved(plan, device), *on_device, scale=SCALE, softcap=softcap, window=window)
+    out, lse = row_attention.row_attention(moved(plan, device, room=7), *on_device, scale=SCALE, softcap=softcap, window=window)
     torch.testing.assert_close(lse.cpu(), expected_lse, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.cpu().float(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_a_row_without_a_key_gets_nothing(device: str) -> None:
     q, k, v = (x.to(device) for x in qkv(1, 2, 1, 3, 9, 32))
-    plan = moved(made(1, 1, 3, 9, 0.5), device)
+    plan = moved(made(1, 1, 3, 9, 0.5), device, room=7)
     plan = replace(plan, full=TileLists.empty(3, device), token_columns=None)
     out, lse = row_attention.row_attention(plan, q, k, v, scale=SCALE)
     assert bool((out == 0).all()) and bool((lse == -torch.inf).all())

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from stored_cases import moved
 from torch import Tensor
 
 from winnow.workers.attention import estimates
 from winnow.workers.attention.kernels import kernel_module, tile_weights
 from winnow.workers.attention.plan import HeadClass, TilePlan
 from winnow.workers.attention.tiles import TileLists
-
-
-def moved(plan: TilePlan, device: str) -> TilePlan:
-    def lists(x: TileLists) -> TileLists:
-        # more room than ids, as on an accelerator: what lies there must not be looked at
-        room = torch.full((7,), 1 << 30, dtype=torch.int32)
-        return TileLists(x.offsets.to(device), torch.cat((x.ids, room)).to(device))
-
-    return replace(
-        plan, head_class=plan.head_class.to(device), full=lists(plan.full), partial=lists(plan.partial),
-        sink=plan.sink.to(device), recent=plan.recent.to(device),
-        token_columns=None if plan.token_columns is None else lists(plan.token_columns),
-    )  # fmt: skip
 
 
 def made(n: int, m: int, bq: int, bk: int, columns: float, classes: bool, share: float = 0.3) -> TilePlan:
@@ -54,7 +40,7 @@ def test_weights_equal_the_plain_ones(
 ) -> None:
     plan = made(n, m, bq, bk, columns, classes)
     expected = estimates.log_weights(plan, window)
-    found = tile_weights.log_weights(moved(plan, device), window)
+    found = tile_weights.log_weights(moved(plan, device, room=7), window)
     torch.testing.assert_close(found.cpu(), expected, atol=1e-6, rtol=1e-6)
     values: Tensor = expected[expected.isfinite()]
     assert m < 3 * bk or (columns == 1.0) == (values.numel() == 0)
@@ -63,7 +49,7 @@ def test_weights_equal_the_plain_ones(
 def test_nothing_listed_and_all_listed(device: str) -> None:
     for share in (0.0, 1.0):
         plan = made(64, 128, 16, 16, 0.0, False, share)
-        found = tile_weights.log_weights(moved(plan, device)).cpu()
+        found = tile_weights.log_weights(moved(plan, device, room=7)).cpu()
         assert torch.equal(found, estimates.log_weights(plan))
         assert bool(found.isfinite().any()) == (share == 0.0)
 

@@ -14,7 +14,7 @@ from winnow.workers.attention.plain import plain, rows_at_once
 log = logging.getLogger(__name__)
 _SMALL_ROWS = 64  # at most this many rows: flash splits the keys over the whole device, cuDNN one row block over one unit
 _PIECE_KEYS = 16_384  # of a piece of the keys, at least: merging two takes as long as reading a few thousand
-_refused: set[tuple[str, torch.dtype, int, bool, bool]] = set()  # what a kernel turned down once is not asked again
+_refused: set[tuple[object, ...]] = set()  # what a kernel turned down once is not asked again
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,10 @@ def fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tup
     Returns:
         out [B, Hq, N, D] in q's dtype and lse [B, Hq, N] float32, natural log.
 
-    A kernel that turns a dtype or head size down is reported once in the log and the next one is used.
+    A kernel that turns a case down is reported once in the log and the next one is used.
+
+    Raises:
+        torch.AcceleratorError, torch.OutOfMemoryError: what no other kernel can make good.
     """
     b, hq, n, d = q.shape
     hkv = k.shape[1]
@@ -39,17 +42,19 @@ def fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tup
         if height > _SMALL_ROWS and not causal and _pieces(rows, k) > 1:
             kernels.insert(0, _in_pieces)
         for kernel in kernels:
-            case = (kernel.__name__, q.dtype, d, causal, rows.shape[1] != hkv)
+            case = (kernel.__name__, q.dtype, causal, rows.shape, k.shape)
             if case in _refused:
                 continue
             try:
                 out, lse = kernel(rows, k, v, scale, causal)
                 return out.reshape(b, hq, n, d), lse.reshape(b, hq, n)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             except RuntimeError as error:
                 _refused.add(case)
-                log.warning("attention: %s refused %s heads of %d, using the next: %.200s", kernel.__name__, q.dtype, d, error)
+                log.warning(
+                    "attention: %s refused %s %s, using the next: %.200s", kernel.__name__, q.dtype, list(rows.shape), error
+                )
     return _plain_rows(q, k, v, scale, causal)
 
 

@@ -21,7 +21,7 @@ from winnow.workers.decode.backend import DecodeBackend, Slot
 from winnow.workers.decode.base import DecodeMethod, decode_methods
 from winnow.workers.decode.job import DecodeJob, Event, Failed, Handle, OnEvent, Tokens
 from winnow.workers.decode.sampling import Draw, draw, new_generator
-from winnow.workers.model.loader import LoadedModel
+from winnow.workers.model.loader import LoadedModel, make_current
 
 log = structlog.get_logger(__name__)
 
@@ -175,6 +175,7 @@ class DecodeEngine:
 
     @torch.inference_mode()  # thread-local, so it must be set here
     def _run(self) -> None:
+        make_current(self.model.decoder.device)
         while True:
             with self._wake:
                 while not (self._is_stopping or self._running or self._waiting):

@@ -54,7 +54,7 @@ def load_model(
     n_layers: int | None = None,
     on_progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load a model for inference.
+    """Load a model for inference. Its device becomes the calling thread's; other threads that run it call `make_current`.
 
     Args:
         source: a Hugging Face folder (safetensors, one file or sharded), a .gguf file, a hub id such as
@@ -71,6 +71,7 @@ def load_model(
         InvalidRequest: unknown dtype, a device this machine lacks, n_layers out of range.
     """
     target = _device(device)
+    make_current(target)
     dtype_name = resolve_dtype(dtype, device)
     files = _find(source, on_progress)
     full = files.spec()
@@ -84,6 +85,12 @@ def load_model(
         fingerprint=files.fingerprint(spec.n_layers),
         dtype_name=dtype_name,
     )
+
+
+def make_current(device: torch.device) -> None:
+    """Make it the calling thread's CUDA device: Triton launches kernels on that one, wherever their tensors lie."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
 
 
 def load_tokenizer(source: str) -> tuple[Tokenizer, ModelSpec, str]:

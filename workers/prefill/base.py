@@ -80,16 +80,23 @@ class PrefillMethod(ABC):
 
     @abstractmethod
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
-        """Choose key tiles.
+        """Choose what is read. Called for every layer of a pass; q and k are views of what is computed and cached: not to be
+        written. On an accelerator it must not wait for the device.
 
         Args:
-            q: [B, Hq, N, D] post-RoPE.
-            k: [B, Hkv, M, D] post-RoPE, M >= N; query row i may read key j iff j <= i + (M - N).
+            q: [B, Hq, N, D] post-RoPE, float32, float16 or bfloat16.
+            k: [B, Hkv, M, D] post-RoPE, q's dtype and device, M >= N; query row i may read key j iff j <= i + (M - N).
             layer: attention parameters (scale, softcap, window).
-            raw: pre-RoPE q and k of the N rows, where the caller has them.
+            raw: pre-RoPE q and k of the N rows, as `q` and `k`, where the caller has them.
 
         Returns:
-            The plan, or None for dense attention. A plan never lists a tile that causality forbids entirely.
+            The plan, on q's device, or None for dense attention, as always where `layer.window` is set: dense attention reads the
+            window alone there. A plan never lists a tile that causality forbids entirely.
+
+        Raises:
+            InvalidRequest: q and k do not fit each other or what the method learnt for its model.
+            Unsupported: what the method needs and this model or caller lacks; the message says the way out.
+            ContextTooLong: more keys than it was trained for.
         """
 
 

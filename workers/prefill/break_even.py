@@ -108,7 +108,7 @@ class BreakEven:
 
     def _why_not(self, layer: LayerSpec, size: Size, device: torch.device) -> str:
         """One of `DENSE_REASONS`, "" = it is tried."""
-        if 0 < layer.window < size.keys or layer.softcap:  # dense reads the window alone; no fast path of a plan soft-caps
+        if layer.window or layer.softcap:  # dense reads the window alone; no fast path of a plan soft-caps
             return "no_gain"
         if self._costs is None:
             if size.keys < _LEAST_KEYS:

@@ -80,7 +80,6 @@ class PrefillResult:
         density: kept (query, key) pairs / causal pairs over layers, query heads and computed rows; 1.0 = dense, and 1.0
             where nothing was computed.
         queue_s, work_s: seconds from submit to the first step, and from there to the end (other jobs' steps included).
-        fallback_used: the method that stepped in; "" = none.
         recall: share of attention mass on the keys that a sparse method read, mean over layers, query heads and computed
             rows, estimated on sampled rows (dense parts count as 1); None = not measured, see `winnow.types.Usage`.
         passes: a sparse method's passes through a layer, by the reason for running them sparse or dense; see `BreakEven`.
@@ -93,7 +92,6 @@ class PrefillResult:
     density: float
     queue_s: float
     work_s: float
-    fallback_used: str = ""
     recall: float | None = None
     passes: Mapping[str, int] = field(default_factory=dict)
 

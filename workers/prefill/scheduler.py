@@ -40,8 +40,7 @@ class Entry(Generic[T]):
 class Scheduler(Generic[T]):
     """Not thread-safe: the engine's thread, or a lock, owns it."""
 
-    def __init__(self, fair_share: float = FAIR_SHARE) -> None:
-        self._fair_share = fair_share
+    def __init__(self) -> None:
         self._entries: dict[T, Entry[T]] = {}
         self._clock = 0
         self._credit = 0.0  # work owed to whoever waits longest: a share of what the shorter jobs did meanwhile
@@ -85,7 +84,7 @@ class Scheduler(Generic[T]):
             if entry is min(self._entries.values(), key=_by_length):
                 # At most one step's worth is ever owed: a quiet past gives no right to a burst later.
                 most = max(work, *(e.step for e in self._entries.values()))
-                self._credit = min(self._credit + self._fair_share * work, most)
+                self._credit = min(self._credit + FAIR_SHARE * work, most)
             else:
                 self._credit -= work
         self._clock += work

@@ -20,7 +20,7 @@ from winnow.errors import Cancelled, ContextTooLong, Draining, Overloaded
 from winnow.index.store import Lease, SegmentStore
 from winnow.registry import parse_spec
 from winnow.types import MethodChoice
-from winnow.workers.model.loader import LoadedModel
+from winnow.workers.model.loader import LoadedModel, make_current
 from winnow.workers.prefill.backend import Tally
 from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 from winnow.workers.prefill.break_even import BreakEven
@@ -177,6 +177,7 @@ class PrefillEngine:
 
     @torch.inference_mode()  # thread-local, so it must be set here
     def _run(self) -> None:
+        make_current(self.model.decoder.device)
         while True:
             with self._wake:
                 while not self._is_stopping and not len(self._scheduler):

@@ -12,6 +12,7 @@ from torch import Tensor
 from winnow.workers.attention.kv import FP8, KVStorage
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.attention.reference import attend_reference
+from winnow.workers.attention.tiles import TileLists
 
 STORAGES = ["contiguous", "paged", "fp8", "paged-fp8"]
 Geometry = tuple[int, ...]  # B, Hq, Hkv, N, M, Bq, Bk
@@ -43,14 +44,18 @@ PLANS: dict[str, Callable[[Geometry, int], TilePlan]] = {
 }  # fmt: skip
 
 
-def moved(plan: TilePlan, device: str) -> TilePlan:
-    """The plan on another device."""
-    lists = {
-        name: None if x is None else dataclasses.replace(x, offsets=x.offsets.to(device), ids=x.ids.to(device))
-        for name, x in (("full", plan.full), ("partial", plan.partial), ("token_columns", plan.token_columns))
-    }
+def moved(plan: TilePlan, device: str, room: int = 0) -> TilePlan:
+    """The plan on another device, its lists with room for more ids, as on an accelerator: what lies there is no tile."""
+
+    def lists(x: TileLists | None) -> TileLists | None:
+        unused = torch.full((room,), 1 << 30, dtype=torch.int32)
+        return None if x is None else TileLists(x.offsets.to(device), torch.cat((x.ids, unused)).to(device))
+
     rest = {name: getattr(plan, name) for name in ("head_class", "sink", "recent", "row_intervals")}
-    return dataclasses.replace(plan, **lists, **{name: x if x is None else x.to(device) for name, x in rest.items()})  # type: ignore[arg-type]
+    return dataclasses.replace(
+        plan, full=lists(plan.full), partial=lists(plan.partial), token_columns=lists(plan.token_columns),
+        **{name: None if x is None else x.to(device) for name, x in rest.items()},
+    )  # fmt: skip
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

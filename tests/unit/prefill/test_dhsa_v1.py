@@ -257,12 +257,11 @@ def test_without_a_predictor_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPa
     assert fixed.bind(model_named("beef" * 8)) is fixed and fixed.calibration_id == ""
 
 
-def test_prompts_within_the_budget_and_layers_with_a_window_are_dense() -> None:
+def test_prompts_within_the_budget_are_dense() -> None:
     x = s1_noise(Shape(300, 300))
     method = DHSAv1(**SMALL, chunk_tokens=16)
     assert method.plan(x.q[:, :, :160], x.k[:, :, :160], LAYER) is None
-    assert method.plan(x.q, x.k, dataclasses.replace(LAYER, window=200)) is None
-    assert method.plan(x.q, x.k, dataclasses.replace(LAYER, window=300)) is not None
+    assert method.plan(x.q, x.k, LAYER) is not None
 
 
 @pytest.mark.parametrize(

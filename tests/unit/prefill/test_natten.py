@@ -115,12 +115,6 @@ def test_a_window_beyond_the_sequence_is_planned_as_the_one_that_just_holds_it()
     assert torch.equal(lists[0].offsets, lists[1].offsets) and torch.equal(lists[0].ids, lists[1].ids)
 
 
-def test_windowed_layers_are_left_alone() -> None:
-    q, k, _ = heads(100, 100)
-    assert Neighborhood(window=10).plan(q, k, LayerSpec(0, 4, 2, 8, 1.0, window=99)) is None
-    assert Neighborhood(window=10).plan(q, k, LayerSpec(0, 4, 2, 8, 1.0, window=100)) is not None
-
-
 @pytest.mark.parametrize(
     ("params", "field"),
     [({"window": 1}, "window"), ({"dilation": 0}, "dilation"), ({"stride": 0}, "stride"), ({"window": 8, "stride": 9}, "stride")],

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from workloads import Shape, Workload, s1_noise, s7_mixture
 
 from winnow.errors import ContextTooLong, CorruptBlock, InvalidRequest, Unsupported
@@ -16,7 +18,7 @@ from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.model.spec import ModelSpec, RopeSpec
-from winnow.workers.prefill import scoring
+from winnow.workers.prefill import scoring, sea_network
 from winnow.workers.prefill.methods.sea import SEA, Mix, Network, cell_edges, keys_of_cells, running_mean
 from winnow.workers.prefill.sea_network import Sizes, draw_map, key_sums
 
@@ -225,6 +227,37 @@ def test_it_is_linear_in_the_length() -> None:
         cells = sea.choose(torch.randn(1, 2, m, 128, generator=gen), torch.arange(m))
         entries.append(keys_of_cells(cells, m, sea.count(torch.arange(m), 2, 128)).ids.numel())
     assert entries[1] <= 2.2 * entries[0] and entries[1] < 0.02 * 2 * 8192 * 8192 / 2
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation under it returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)), 0)
+        return out
+
+
+def largest_while_planning(n: int) -> int:
+    """Elements, for a k and columns with which every row keeps more than the one cell that each keeps at least."""
+    sizes = Sizes(HEADS, D, positions=4096, features=20, columns=64)
+    x, sea = s1_noise(Shape(n, n), 12), SEA(k=32).with_network(network(sizes))
+    with LargestTensor() as largest:
+        assert sea.plan(x.q, x.k, LAYER) is not None
+    return largest.elements
+
+
+@pytest.mark.parametrize("n", [1024, 2048])
+def test_the_largest_tensor_of_planning_doubles_with_the_length(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert n >= 4 * sea_network._SCAN, "the scan is of one or few chunks: the comparison says nothing"
+    assert largest_while_planning(2 * n) <= 2.2 * largest_while_planning(n)
+    unblocked = []
+    for length in (n, 2 * n):
+        monkeypatch.setattr(sea_network, "_SCAN", length)
+        unblocked.append(largest_while_planning(length))
+    assert unblocked[1] > 2.2 * unblocked[0], "a scan in one chunk goes unnoticed: the count misses its products"
 
 
 def test_sink_and_own_key_are_always_read() -> None:

@@ -3,6 +3,7 @@ that an interrupted run goes on."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from workloads import Shape, s7_mixture
 
 from winnow.errors import ContextTooLong, InvalidRequest, Unsupported
 from winnow.index.layout import SegmentLayout
 from winnow.index.segment import KVSegment
-from winnow.workers.attention.backend import LayerSpec
+from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.model.spec import ModelSpec, RopeSpec
@@ -27,6 +29,7 @@ from winnow.workers.model.tiny import make_tiny_model
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.backend import PrefillBackend, Tally
 from winnow.workers.prefill.methods.sea import SEA, Mix, Network
+from winnow.workers.prefill.sea_network import draw_map
 from winnow.workers.prefill.training import sea, trainer
 from winnow.workers.prefill.training.sea import calibrate, read_cells
 
@@ -86,6 +89,63 @@ def test_cells_hold_the_dense_models_mass_and_the_plan_reads_the_same_keys(
     out, _ = attend_plan(plan.residual.plan, x.q, x.k, x.v, scale=layer.scale, softcap=softcap)
     torch.testing.assert_close(sparse, out, atol=1e-5, rtol=1e-4)
     assert float(recall) == pytest.approx(float((share * plan.to_dense_mask()).sum(-1).mean()), abs=1e-5)
+
+
+def test_the_loss_is_its_formula(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 KL(dense || map) + squared error of the map summed over a row's cells + squared error of the context over its mean
+    square; and the parameters get its gradient."""
+    n, n_rows, columns = 96, 24, 16
+    chosen = sea.Options(tokens=n, rows=n_rows, k=4, columns=columns)
+    distiller = sea.Distiller(model, chosen, 5)
+    for tensor in distiller.learnt:
+        tensor.requires_grad_()
+    seen: list[tuple[LayerSpec, Tensor, Tensor, Tensor]] = []
+    losses: list[float] = []
+
+    class Seen:
+        def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, raw: RawQK) -> Tensor:
+            seen.append((layer, q, k, v))
+            return distiller.attend(layer, q, k, v, raw)
+
+    def backward(loss: Tensor, *args: Any, original: Any = Tensor.backward) -> None:
+        losses.append(float(loss.detach()))
+        original(loss, *args)
+
+    distiller.is_learning = True
+    ids = torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(6))
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "backward", backward)
+        model.decoder.forward(ids, torch.arange(n), Seen())
+
+    params = {name: tensor.detach().clone().requires_grad_(name != "features") for name, tensor in distiller.params.items()}
+    rows = [(r + 1) * n // n_rows - 1 for r in range(n_rows)]
+    expected = []
+    for layer, q, k, v in ((layer, *(x.clone() for x in qkv)) for layer, *qkv in seen):
+        hq, hkv = q.shape[0], k.shape[0]
+        own = {name: tensor[layer.idx] for name, tensor in params.items()}
+        log_map, gates, _ = draw_map(own, q[None], k[None], 0, layer.scale, n)
+        kept = SEA(k=4).choose(log_map.detach()[:, :, rows], torch.tensor(rows))[0]
+        divergence, map_error, outputs, targets = [], [], [], []
+        for head, (at, i) in itertools.product(range(hq), enumerate(rows)):
+            keys, values = (x[head // (hq // hkv), : i + 1] for x in (k, v))
+            logits = keys @ q[head, i] * layer.scale
+            share, cell = logits.softmax(0), torch.tensor([(2 * j + 1) * columns // (2 * (i + 1)) for j in range(i + 1)])
+            truth = torch.zeros(columns).index_add_(0, cell, share)
+            drawn = log_map[0, head, i]
+            divergence.append((truth * (truth.clamp(min=1e-30).log() - drawn)).sum())
+            map_error.append(((drawn.exp() - truth) ** 2).sum())
+            reads = kept[head, at][cell] | (torch.arange(i + 1) == i)
+            sparse = logits[reads].softmax(0) @ values[reads]
+            scaled, mixed = torch.sigmoid(gates[0, head, i])
+            outputs.append(mixed * scaled * sparse + (1 - mixed) * values.mean(0))
+            targets.append(share @ values)
+        context, dense = torch.stack(outputs), torch.stack(targets)
+        error = (context - dense).square().mean() / dense.square().mean()
+        expected.append(0.1 * torch.stack(divergence).mean() + torch.stack(map_error).mean() + error)
+    assert losses == pytest.approx(torch.stack(expected).detach().tolist(), rel=1e-3)
+    torch.stack(expected).sum().backward()
+    for name, tensor in params.items():
+        torch.testing.assert_close(distiller.params[name].grad, tensor.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_distillation_halves_the_divergence_and_the_result_is_used(model: LoadedModel) -> None:

@@ -50,6 +50,16 @@ def _header(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+def _made(method: str) -> dict[str, str]:
+    """How the shipped file of a method was made, and how well it did on texts held out."""
+    return next(made for made in map(_header, FILES) if made["method"] == method)
+
+
+def _figures(text: str) -> dict[str, float]:
+    """Of "name=number name=number"."""
+    return {name: float(value) for name, value in (pair.split("=") for pair in text.split())}
+
+
 def _model(path: Path, spec: ModelSpec) -> LoadedModel:
     """The model that a file was made with, as far as `bind` looks at it: no weights."""
     decoder: Any = _Decoder(torch.float32, torch.device("cpu"))
@@ -92,3 +102,33 @@ def test_a_method_finds_its_file_and_plans_with_it(path: Path, spec: ModelSpec) 
         out, _ = attend_plan(plan, q, k, v, scale=D**-0.5)
         assert bool(out.isfinite().all())
     assert min(plan.density() for plan in made) < 1.0
+
+
+def test_shipped_gates_learnt_what_their_card_demands() -> None:
+    made = _made("seerattention")
+    assert float(made["loss_before"]) / float(made["loss_after"]) >= 5.0
+    recall = _figures(made["recall_at_density_0.2"])
+    assert recall["gate"] >= 0.9 * recall["oracle"]
+    assert recall["untrained"] < recall["mean_pooling"] < recall["gate"] <= recall["oracle"] <= 1.0
+
+
+def test_shipped_retrieval_heads_answer_nearly_as_well_as_all_and_better_than_random_ones() -> None:
+    made = _made("duoattention")
+    dense, found, random = (float(made[f"answer_tokens_right_{name}"]) for name in ("dense", "found@0.5", "random@0.5"))
+    assert found >= 0.95 * dense
+    assert found > random
+
+
+def test_no_head_of_the_shipped_thresholds_errs_by_more_than_theta() -> None:
+    above, heads = _made("sale")["heads_above_theta"].split(" of ")
+    assert (int(above), int(heads)) == (0, LAYERS * HQ)
+
+
+def test_the_shipped_distillation_halved_the_divergence() -> None:
+    made = _made("sea")
+    assert float(made["divergence_after"]) <= 0.5 * float(made["divergence_before"])
+
+
+def test_the_shipped_border_predictor_ranks_borders_first() -> None:
+    area = _figures(_made("dhsa-v1")["roc_area"])
+    assert area["before"] < 0.7 < area["after"] <= 1.0

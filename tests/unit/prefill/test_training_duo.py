@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from winnow.workers.model.spec import FAMILIES
 from winnow.workers.model.tiny import make_tiny_model
 from winnow.workers.prefill.methods.duoattention import DuoAttention, HeadClasses
 from winnow.workers.prefill.training import mixed_heads
-from winnow.workers.prefill.training.duoattention import calibrate
+from winnow.workers.prefill.training.duoattention import Options, _speed, calibrate, learn
 from winnow.workers.prefill.training.mixed_heads import MixedHeads
-from winnow.workers.prefill.training.passkeys import WORDS, passkey_prompts
+from winnow.workers.prefill.training.passkeys import WORDS, Passkeys, passkey_prompts
+from winnow.workers.prefill.training.state import TrainingState
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +129,44 @@ def test_the_planted_retrieval_head_is_found_and_local_heads_are_let_go(tmp_path
     assert float(made["loss_after"]) < float(made["loss_before"])
     method = DuoAttention(sparsity=0.75).with_classes(HeadClasses.of(scores < 0.5))
     assert method.classes is not None and method.classes.counts == (2, 1)
+
+
+@pytest.mark.parametrize("steps", [20, 120, 2000])
+def test_the_rate_rises_over_the_first_fifth_and_falls_to_a_tenth_over_the_last(steps: int) -> None:
+    fifth = steps // 5
+    assert _speed(0, steps) == pytest.approx(1 / fifth)  # the first step is one of those that warm up, and moves
+    assert _speed(fifth // 2, steps) == pytest.approx((fifth // 2 + 1) / fifth)
+    assert [_speed(at, steps) for at in range(fifth, 4 * fifth + 1)] == [1.0] * (3 * fifth + 1)
+    assert _speed(4 * fifth + fifth // 2, steps) == pytest.approx(1 - 0.9 * (fifth // 2) / fifth)
+    assert _speed(steps, steps) == pytest.approx(0.1)
+
+
+def test_every_step_goes_by_that_rate_and_begins_with_scores_from_0_to_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads whose loss always pulls their score beyond 1 or below 0."""
+    model, chosen = tiny(tmp_path), Options(steps=40, rate=0.2, l1=0.0)
+    pull = torch.tensor([[9.0, -9.0], [-9.0, 9.0]])
+    scores_seen: list[Tensor] = []
+    rates: list[float] = []
+
+    class Pulled(MixedHeads):
+        def hidden(self, tokens: Tensor, rows: slice, mix: Tensor | None = None) -> Tensor:
+            assert mix is not None
+            scores_seen.append(mix.detach().clone())
+            return mix
+
+    class Recorded(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    state = TrainingState("test", model.fingerprint, "", 0)
+    prompts = [Passkeys([0, 1, 2, 3], 2)]
+    scores, _, _ = learn(model, Pulled(model.decoder, 4, 16), prompts, [pull], chosen, state, lambda done: None)
+    assert rates == pytest.approx([0.2 * _speed(step, 40) for step in range(40)])
+    assert torch.equal(scores_seen[0], torch.ones(2, 2)) and len(scores_seen) == 40
+    assert all(float(seen.min()) >= 0.0 and float(seen.max()) <= 1.0 for seen in scores_seen)
+    assert torch.equal(scores_seen[-1], (pull > 0).float()) and torch.equal(scores, (pull > 0).float())
 
 
 @pytest.mark.slow

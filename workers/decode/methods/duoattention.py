@@ -100,7 +100,7 @@ class DuoAttention(DecodeMethod):
         sink, recent: tokens a streaming head reads; sink >= 0, recent >= 1.
     """
 
-    caps = Capabilities(notes="per KV head: all cached keys, or sink and recent; head classes by `winnow calibrate duoattention`")
+    caps = Capabilities(training="calibration", notes="per KV head: all cached keys, or sink and recent")
     sparsity: float = 0.5
     sink: int = 64
     recent: int = 256

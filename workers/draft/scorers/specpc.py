@@ -14,6 +14,7 @@ from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.draft.base import DraftContext, PromptReducer, draft_scorers
+from winnow.workers.model.loader import make_current
 
 
 @draft_scorers.register("specpc")
@@ -77,6 +78,7 @@ class SpecPC(PromptReducer):
     def _scores(self, token_ids: Tensor, ctx: DraftContext) -> Tensor:
         """Importance of each prompt token: [n] float32 on the CPU."""
         decoder, n = ctx.draft.decoder, token_ids.numel()
+        make_current(decoder.device)
         first = min(self.first_layer, decoder.spec.n_layers // 2)
         backend = _ScoringBackend(n, self.lookahead, self.window, first, self.reduction)
         tokens = token_ids.to(decoder.device)

@@ -41,7 +41,7 @@ class DHSA(TileListMethod):
       them;
     - K is not repeated for grouped heads, and nothing loops over heads or tiles.
     The last rows steer `vs` and `vsb`, so the method counts as not prefix-safe; `topk` and `a` by themselves would be.
-    Layers with a sliding window shorter than the keys, and prompts within one query tile, are left dense.
+    Layers with a sliding window, and prompts within one query tile, are left dense.
 
     Attributes:
         mask: "topk", "a", "vs" or "vsb". Which keeps most at equal density depends on the layer: vs where little is kept of
@@ -89,7 +89,7 @@ class DHSA(TileListMethod):
         Cost: O(Hq nQ nK (D + log nK)) for topk and a; O(Hq block_q M D) for vs; O(Hq nK D block_q / block_k) for vsb.
         """
         n, m = q.shape[2], k.shape[2]
-        if m <= self.block_q or 0 < layer.window < m:
+        if m <= self.block_q or layer.window:
             return None
         if self.mask in ("topk", "a"):
             mask = self._pooled(q, k, layer)

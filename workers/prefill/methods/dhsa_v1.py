@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,10 @@ from winnow.errors import CorruptBlock, InvalidRequest, Unsupported
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TileLists, TilePlan
+from winnow.workers.model.spec import ModelSpec
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.base import TileListMethod, prefill_methods
+from winnow.workers.prefill.calibration import Calibration
 from winnow.workers.prefill.chunk_borders import BorderPredictor, parameter_shapes, pick_borders
 from winnow.workers.prefill.scoring import slabs
 
@@ -79,8 +82,8 @@ class DHSAv1(TileListMethod):
     - borders are the largest scores of their surroundings, found at once instead of one after the other;
     - runs for M > N and any length; neither borders nor masks are shared between layers;
     - `chunk_tokens` gives chunks of equal length, to see what the predictor adds.
-    The last rows and the number of borders in the whole text steer all rows: not prefix-safe. Layers with a sliding window
-    shorter than the keys, and prompts within the budget, are left dense.
+    The last rows and the number of borders in the whole text steer all rows: not prefix-safe. Layers with a sliding window,
+    and prompts within the budget, are left dense.
 
     Attributes:
         budget: keys a block reads, its own among them.
@@ -97,7 +100,8 @@ class DHSAv1(TileListMethod):
         chunked=False,
         prefix_safe=False,
         fallback="dense",
-        notes="chunks with trained borders, one choice for all heads of a layer; needs training per model",
+        training="calibration",
+        notes="chunks with trained borders, or of one length with chunk_tokens and no calibration; one choice for all heads",
     )
     budget: int = 2048
     block: int = 128
@@ -134,11 +138,7 @@ class DHSAv1(TileListMethod):
         if self.chunk_tokens:
             return self
         found = calibration.load(self.name, model.fingerprint)
-        spec = model.spec
-        channels = spec.n_kv_heads * spec.head_size
-        return self.with_predictors(
-            Predictors.of(dict(found.tensors), spec.n_layers, channels, model.decoder.device, found.digest)
-        )
+        return self.with_predictors(_predictors(found, model.spec, model.decoder.device))
 
     def with_predictors(self, predictors: Predictors) -> DHSAv1:
         """A copy that cuts with these predictors."""
@@ -159,7 +159,7 @@ class DHSAv1(TileListMethod):
             Unsupported: chunk_tokens = 0 without `bind`.
         """
         n, m, b = q.shape[2], k.shape[2], self.block
-        if m <= self.budget or 0 < layer.window < m:
+        if m <= self.budget or layer.window:
             return None
         chunks = Chunks.between(self.borders(k, layer), self._most_borders(m) + 2)
         scores = chunks.scores(q, k, b)
@@ -262,3 +262,9 @@ class Chunks:
         edges = upto.gather(1, at).unflatten(1, (-1, 2))  # [B, C, 2, D]
         keys = (edges[:, :, 1] - edges[:, :, 0]).float() / self.lengths.clamp(min=1).sqrt().unsqueeze(-1)
         return torch.matmul(rows / sizes.sqrt(), keys.transpose(-1, -2))
+
+
+@functools.lru_cache(maxsize=4)
+def _predictors(found: Calibration, spec: ModelSpec, device: torch.device) -> Predictors:
+    """One copy on the device however many requests are bound."""
+    return Predictors.of(dict(found.tensors), spec.n_layers, spec.n_kv_heads * spec.head_size, device, found.digest)

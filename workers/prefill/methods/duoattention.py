@@ -62,7 +62,7 @@ class DuoAttention(PrefillMethod):
       quantile after noise of 1e-6;
     - heads of layers with a sliding window are neither counted nor changed, unless every layer has one;
     - heads are not reordered: the executor takes a class per head.
-    Prompts of up to sink + recent tokens, and layers with a sliding window shorter than the keys, are dense.
+    Prompts of up to sink + recent tokens, and layers with a sliding window, are dense.
 
     Attributes:
         sparsity: share of all KV heads that stream, in [0, 1]. Published: 0.5 for grouped heads, 0.75 for one KV head per
@@ -74,7 +74,8 @@ class DuoAttention(PrefillMethod):
 
     caps = Capabilities(
         fallback="dense",
-        notes="per KV head: dense, or sink and recent tokens; head classes by `winnow calibrate duoattention`",
+        training="calibration",
+        notes="per KV head: dense, or sink and recent tokens",
     )
     sparsity: float = 0.5
     sink: int = 64
@@ -134,7 +135,7 @@ class DuoAttention(PrefillMethod):
                 "use the model they were found for"
             )
         count = self.classes.counts[layer.idx]
-        if count == 0 or m <= self.sink + self.recent or 0 < layer.window < m:
+        if count == 0 or m <= self.sink + self.recent or layer.window:
             return None
         streaming = self.classes.streaming[layer.idx]
         if self.chunk:

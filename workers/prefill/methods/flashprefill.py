@@ -33,7 +33,7 @@ class FlashPrefill(TileListMethod):
       has two heads of a group share what they read, at 64 rows each; keys are in tiles of `block` (V2 selects by 128 and lists
       them as two of 64);
     - the layer's own scale and soft-capping enter every score; the published code assumes 1 / sqrt(D).
-    Layers with a sliding window shorter than the keys, and prompts no longer than sink and window, are left dense.
+    Layers with a sliding window, and prompts no longer than sink and window, are left dense.
 
     With `dense_tail` above 0, the default as published, the last rows of whatever is planned at once are dense: then the
     method is neither chunked nor prefix-safe. With 0 it is both, and its capabilities say so.
@@ -84,7 +84,7 @@ class FlashPrefill(TileListMethod):
         group = q.shape[1] // k.shape[1]
         block_q = min(b, 64) if self.per_kv_head and group > 1 else b
         n_q = -(-n // block_q)
-        if layer.idx < self.dense_layers or 0 < layer.window < m:
+        if layer.idx < self.dense_layers or layer.window:
             return None
         if m <= (self.sink_tiles + self.window_tiles) * b or n_q <= self.dense_tail:
             return None

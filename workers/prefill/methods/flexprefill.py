@@ -32,7 +32,7 @@ class FlexPrefill(TileListMethod):
     - the means of a ragged last tile are over its real tokens, for queries and keys both;
     - token budgets are counted in tiles of `block`; the published code divides by 128 whatever its block size is;
     - index building is vectorised over heads and stays on the device.
-    Layers with a sliding window shorter than the keys, and prompts too short to save anything, are left dense.
+    Layers with a sliding window, and prompts too short to save anything, are left dense.
 
     Attributes:
         gamma: attention mass to cover, 0 < gamma; 1 or more covers everything.
@@ -80,7 +80,7 @@ class FlexPrefill(TileListMethod):
         """
         n, m, b = q.shape[2], k.shape[2], self.block
         shortest = -(-self.min_budget // b)
-        if m <= max(2 * b, shortest * b) or 0 < layer.window < m:
+        if m <= max(2 * b, shortest * b) or layer.window:
             return None
         n_q, n_k = -(-n // b), -(-m // b)
         vertical, slash = recent_mass(q[:, :, -min(b, n) :], k, layer)

@@ -42,7 +42,7 @@ class HyperAttention(PrefillMethod):
     - `sink` reads the first keys exactly and never samples them; without it one strong first key, sampled rarely, ruins the
       estimate. Off, as published, unless asked for;
     - rows that do not start on a 16-token border of the keys (M - N no multiple of 16) are left dense.
-    Layers with a sliding window shorter than the keys, and prompts below 2 min_seq_len, which the method computes exactly, are
+    Layers with a sliding window, and prompts below 2 min_seq_len, which the method computes exactly, are
     left dense. Density counts what is read exactly through the plan, not the blocks and samples.
 
     Attributes:
@@ -99,7 +99,7 @@ class HyperAttention(PrefillMethod):
         n, m = q.shape[2], k.shape[2]
         levels = max(1, m // self.min_seq_len).bit_length() - 1
         rows = math.gcd(m - n, self.tile)  # M - N in whole query tiles: then no border of pieces lies inside one
-        if layer.idx < self.dense_layers or levels == 0 or rows < _LEAST_ROWS or 0 < layer.window < m:
+        if layer.idx < self.dense_layers or levels == 0 or rows < _LEAST_ROWS or layer.window:
             return None
         piece = -(-m // (self.tile << levels)) * self.tile
         own = (torch.arange(0, n, rows, device=q.device) + (m - n)) // piece

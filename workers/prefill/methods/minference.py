@@ -32,7 +32,7 @@ class MInference(TileListMethod):
     - budgets below what is forced count as what is forced;
     - the layer's own scale and soft-capping enter every score; the published code assumes 1 / sqrt(D);
     - K is not repeated for grouped heads, and nothing loops over heads.
-    The last queries steer all rows: not prefix-safe, not chunked. Layers with a sliding window shorter than the keys, and
+    The last queries steer all rows: not prefix-safe, not chunked. Layers with a sliding window, and
     prompts within either budget, are left dense: with the published 6,096 diagonals little is saved below twice that.
 
     Attributes:
@@ -75,7 +75,7 @@ class MInference(TileListMethod):
         """
         n, m, b = q.shape[2], k.shape[2], self.block
         n_vertical, n_slash = max(self.vertical_tokens, self.sink_tokens), max(self.slash_tokens, self.recent_tokens)
-        if m <= max(n_vertical, n_slash) or 0 < layer.window < m:
+        if m <= max(n_vertical, n_slash) or layer.window:
             return None
         vertical, slash = recent_mass(q[:, :, -min(self.probe_rows, n) :], k, layer)
         vertical[..., : self.sink_tokens] = torch.inf

@@ -31,10 +31,11 @@ class Neighborhood(PrefillMethod):
     - a group cut short by the end of the sequence keeps the window it would have if it were whole. As published its window
       moves with the sequence's length, and a row's KV would depend on how much follows: chunks and cached prefixes would
       change the result. All other rows are as published;
-    - window * dilation may exceed the sequence.
+    - window * dilation may exceed the sequence;
+    - of the prompt only: decoding reads all cached keys, unless the model has the window itself.
     The non-causal form, where every row reads exactly `window` keys and windows at the borders move inward, reads keys after
     a row's own. A language model that writes from left to right must not, so it is not offered here; it is in
-    `winnow.workers.attention.neighborhood`, for grids. Layers with a sliding window shorter than the keys are left as they are.
+    `winnow.workers.attention.neighborhood`, for grids. Layers with a sliding window are left as they are.
 
     Attributes:
         window: keys of a row's class in its window, 2 or more.
@@ -45,7 +46,8 @@ class Neighborhood(PrefillMethod):
     caps = Capabilities(
         tensor_parallel=True,
         fallback="dense",
-        notes="causal sliding window with dilation and stride; needs a model trained with it, else quality drops",
+        training="model",
+        notes="causal sliding window with dilation and stride, of the prompt; decoding reads all cached keys",
     )
     window: int = 4096
     dilation: int = 1
@@ -65,7 +67,7 @@ class Neighborhood(PrefillMethod):
         Cost: O(N), with dilation O(N min(window, M / dilation)). Mutates nothing.
         """
         n, m, batch, device = q.shape[2], k.shape[2], q.shape[0], q.device
-        if 0 < layer.window < m or (self.dilation == 1 and -(-m // self.stride) * self.stride <= self.window):
+        if layer.window or (self.dilation == 1 and -(-m // self.stride) * self.stride <= self.window):
             return None
         if self.dilation == self.stride == 1:
             return TilePlan.streaming(batch=batch, mask_heads=1, n_rows=n, n_keys=m, sink=0, recent=self.window, device=device)

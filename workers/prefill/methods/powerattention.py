@@ -34,8 +34,9 @@ class PowerAttention(TileListMethod):
       is cut into key tiles of at most 128: the same pairs, in sizes the executor runs;
     - where M - N is no multiple of 16, the rows of a 16-row tile that a border of blocks cuts (at most 15 of `block`) read
       what either side of the border reads: a little more than the rule says;
-    - a number of first blocks other than one can be asked for.
-    Layers with a sliding window shorter than the keys, and prompts that the rule reads in full, are left dense.
+    - a number of first blocks other than one can be asked for;
+    - of the prompt only: decoding reads all cached keys, where the published one goes on with the mask.
+    Layers with a sliding window, and prompts that the rule reads in full, are left dense.
 
     Attributes:
         block: keys of a block of the rule, 16, 32, 64, 128, 256 or 512.
@@ -46,7 +47,8 @@ class PowerAttention(TileListMethod):
     caps = Capabilities(
         tensor_parallel=True,
         fallback="dense",
-        notes="fixed mask: near, first and power-of-two-distant blocks; needs a model trained with it, else quality drops",
+        training="model",
+        notes="fixed mask: near, first and power-of-two-distant blocks of the prompt; decoding reads all cached keys",
     )
     block: int = 256
     local_blocks: int = 5
@@ -66,7 +68,7 @@ class PowerAttention(TileListMethod):
         Cost: O(B nQ nK) bits, no scores. Mutates nothing.
         """
         n, m = q.shape[2], k.shape[2]
-        if -(-m // self.block) <= self.local_blocks + self.sink_blocks or 0 < layer.window < m:
+        if -(-m // self.block) <= self.local_blocks + self.sink_blocks or layer.window:
             return None
         offset = m - n
         tile = min(128, self.block)

@@ -34,7 +34,7 @@ class Prism(TileListMethod):
     - the layer's own scale and soft-capping enter every score; the published code assumes 1 / sqrt(D);
     - K is not repeated for grouped heads.
     The temperatures are taken over the whole prompt, so a plan depends on what follows: not prefix-safe, not chunked.
-    Layers with a sliding window shorter than the keys, and prompts of up to two tiles, are left dense.
+    Layers with a sliding window, and prompts of up to two tiles, are left dense.
 
     Attributes:
         threshold: share of each band's mass to keep in each row, above 0; 1 or more keeps everything.
@@ -70,7 +70,7 @@ class Prism(TileListMethod):
         Cost: one reading of q and k, O(Hq nQ nK (D + log nK)). Mutates nothing.
         """
         n, m, b = q.shape[2], k.shape[2], self.block
-        if m <= 2 * b or 0 < layer.window < m:
+        if m <= 2 * b or layer.window:
             return None
         mask = sink_and_own_tiles(n, m, b, b, q.device)
         if self.threshold >= 1.0:  # sums round to just above or below 1

@@ -36,7 +36,7 @@ class ProxyAttn(TileListMethod):
     - `groups` may also cut a KV head's query heads apart, up to one proxy per query head;
     - the layer's own scale and soft-capping enter every score.
     Heads of one proxy whose queries point away from each other cancel out: more groups help. A match narrower than `stride`
-    keys may fall between the keys that are looked at. Layers with a sliding window shorter than the keys, and prompts within
+    keys may fall between the keys that are looked at. Layers with a sliding window, and prompts within
     `min_budget`, are left dense.
 
     Attributes:
@@ -97,7 +97,7 @@ class ProxyAttn(TileListMethod):
         n, m, b = q.shape[2], k.shape[2], self.block
         hq = q.shape[1]
         self._check_heads(hq, k.shape[1])
-        if m <= max(b, self.min_budget) or 0 < layer.window < m:
+        if m <= max(b, self.min_budget) or layer.window:
             return None
         scores = self._proxy_scores(q, k, layer)  # [B, G, nQ, nK]
         order = scores.sort(dim=-1, descending=True, stable=True).indices

@@ -48,7 +48,7 @@ class Recall(TileListMethod):
 
     Source: own design. Forced are column 0, the own tiles and those just before them: for the first rows of a tile the words
     before them lie there, which a mean over the tile's rows hides. The samples make the plan depend on all of the rows, so it
-    is not prefix-safe. Layers with a sliding window shorter than the keys, and prompts of up to two tiles, are left dense.
+    is not prefix-safe. Layers with a sliding window, and prompts of up to two tiles, are left dense.
 
     Attributes:
         recall: share of each head's attention mass to keep, mean over its rows, in (0, 1]; 1 keeps everything.
@@ -98,7 +98,7 @@ class Recall(TileListMethod):
         logits. Mutates nothing.
         """
         n, m, b = q.shape[2], k.shape[2], self.block
-        if self.recall >= 1.0 or m <= 2 * b or 0 < layer.window < m:
+        if self.recall >= 1.0 or m <= 2 * b or layer.window:
             return None
         shares = tile_shares(q, k, layer, b, min(self.every, b), self.seed)
         forced = sink_and_own_tiles(n, m, b, b, q.device, self.window_tiles)

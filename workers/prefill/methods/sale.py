@@ -48,7 +48,7 @@ class SALE(TileListMethod):
     - codes are multiplied as 8-bit numbers on CUDA (`kernels.code_scores`: Hopper has no 4-bit product), in float16 where that
       kernel has no words for the layer, in float32 on a CPU;
     - runs for M > N and any length; the layer's own scale and soft-capping enter every score.
-    Layers with a sliding window shorter than the keys are left dense.
+    Layers with a sliding window are left dense.
 
     Attributes:
         tau: threshold of every head; 0 = dense; -1 = each head's own, from `winnow calibrate sale`.
@@ -64,7 +64,8 @@ class SALE(TileListMethod):
         chunked=True,
         prefix_safe=True,
         fallback="dense",
-        notes="4-bit scores of all pairs against a threshold per head; calibrated per model unless tau is given",
+        training="calibration",
+        notes="4-bit scores of all pairs against a threshold per head, or one for all with tau and no calibration",
     )
     tau: float = -1.0
     bits: int = 4
@@ -129,7 +130,7 @@ class SALE(TileListMethod):
             Unsupported: tau = -1 without `bind`.
         """
         n, m = q.shape[2], k.shape[2]
-        if m <= max(self.dense_below, self.local + self.sink) or 0 < layer.window < m:
+        if m <= max(self.dense_below, self.local + self.sink) or layer.window:
             return None
         tau = self._thresholds(layer, q.shape[1])
         if bool((tau < DENSE_TAU).all()):

@@ -101,7 +101,8 @@ class SEA(PrefillMethod):
         chunked=False,
         prefix_safe=False,
         fallback="dense",
-        notes="keys one by one from a distilled map of each query (`winnow calibrate sea`); up to the length it was trained for",
+        training="calibration",
+        notes="keys one by one from a distilled map of each query; up to the length it was trained for",
     )
     k: int = 64
     oversample: float = 1.0
@@ -148,7 +149,7 @@ class SEA(PrefillMethod):
             ContextTooLong: more keys than its position table has.
         """
         n, m = q.shape[2], k.shape[2]
-        if 0 < layer.window < m:
+        if layer.window:
             return None
         network = self._checked(q, k)
         cells, gates = self._cells(network, q, k, layer)

@@ -87,8 +87,9 @@ class SeerAttention(TileListMethod):
     - q and k before RoPE are computed back from the rotated ones, which alone are there for earlier chunks;
     - runs for M > N and any length: means, maxima and minima of a ragged last tile are over its real tokens;
     - a share equal to the threshold is kept, so that 0 keeps every tile; the option to leave the last two rows of tiles dense
-      is not offered: which rows are last is not known when a prompt comes in chunks.
-    Layers with a sliding window shorter than the keys are left dense.
+      is not offered: which rows are last is not known when a prompt comes in chunks;
+    - of the prompt only: the later gate for decoding is not here, and decoding reads all cached keys.
+    Layers with a sliding window are left dense.
 
     Attributes:
         threshold: least share of a tile in its row's softmax, 0 to 1. Published: 2e-3 (LongBench), 5e-4 (RULER, 4K to 128K),
@@ -100,7 +101,8 @@ class SeerAttention(TileListMethod):
 
     caps = Capabilities(
         fallback="dense",
-        notes="tiles of 64 by gates trained for the model (`winnow calibrate seerattention`); chunks must be whole tiles",
+        training="calibration",
+        notes="tiles of 64 by gates trained for the model; chunks must be whole tiles; decoding reads all cached keys",
     )
     threshold: float = 2e-3
     density: float = 0.0
@@ -149,7 +151,7 @@ class SeerAttention(TileListMethod):
             Unsupported: no gates are bound. InvalidRequest: q or k does not have the heads the gates were trained for.
         """
         n, m = q.shape[2], k.shape[2]
-        if m <= BLOCK or 0 < layer.window < m:
+        if m <= BLOCK or layer.window:
             return None
         self._check(q, k)
         n_q, n_k = -(-n // BLOCK), -(-m // BLOCK)

@@ -36,7 +36,7 @@ class XAttention(TileListMethod):
     - the layer's own scale and soft-capping enter every score; the published code assumes 1 / sqrt(D);
     - one threshold for all heads: the published per-head thresholds belong to one model, and how they were found is not;
     - heads are scored in slabs, each against the keys up to its own last row.
-    Layers with a sliding window shorter than the keys, and prompts of up to two tiles, are left dense.
+    Layers with a sliding window, and prompts of up to two tiles, are left dense.
 
     Attributes:
         stride: side of a cell, 8 or 16 as published; half the work and less acuity each time it doubles.
@@ -70,7 +70,7 @@ class XAttention(TileListMethod):
         once. Mutates nothing.
         """
         n, m, b = q.shape[2], k.shape[2], self.block
-        if m <= 2 * b or 0 < layer.window < m:
+        if m <= 2 * b or layer.window:
             return None
         if self.threshold >= 1.0:  # sums round to just above or below 1
             mask = torch.ones(*q.shape[:2], -(-n // b), -(-m // b), dtype=torch.bool, device=q.device)

@@ -68,7 +68,7 @@ def calibrate(
     Raises:
         InvalidRequest: an option.
         ContextTooLong: `tokens` beyond the model's context.
-        Unsupported: every layer has a sliding window shorter than the prompts.
+        Unsupported: every layer has a sliding window.
 
     Source: as `methods.sale`, section 3.4. Each finished prompt is kept: a second call goes on after the last one.
     """
@@ -76,10 +76,8 @@ def calibrate(
     spec = model.spec
     if chosen.tokens > spec.max_context:
         raise ContextTooLong(f"calibrate {_METHOD}: tokens={chosen.tokens} is beyond the model's context of {spec.max_context}")
-    if all(0 < layer.window < chosen.tokens - 64 for layer in spec.layers):
-        raise Unsupported(
-            f"calibrate {_METHOD}: every layer's window is shorter than tokens={chosen.tokens}; all stay dense anyway"
-        )
+    if all(layer.window for layer in spec.layers):
+        raise Unsupported(f"calibrate {_METHOD}: every layer has a window, and such layers stay dense")
     state = TrainingState(_METHOD, model.fingerprint, chosen, seed)
     total = (chosen.prompts + 1) * spec.n_layers
     tau = torch.full((spec.n_layers, spec.n_q_heads), chosen.start)
@@ -131,7 +129,7 @@ class Search:
         """See `AttentionBackend`: dense attention of one prompt given whole."""
         rows, keys, values = q[None], k[None], v[None]
         out, _ = attend_plan(None, rows, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
-        if not 0 < layer.window < keys.shape[2]:
+        if not layer.window:
             self._lower(layer, rows, keys, values, out)
         return out[0]
 

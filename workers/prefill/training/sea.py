@@ -85,7 +85,7 @@ def calibrate(
     Raises:
         InvalidRequest: an option.
         ContextTooLong: `tokens` beyond the model's context.
-        Unsupported: every layer has a sliding window shorter than `tokens`.
+        Unsupported: every layer has a sliding window.
 
     Source: as `methods.sea`. Of the published losses those of one layer: 0.1 KL(dense || map) + squared error of the map, summed
     over a row's cells + MSE of the layer's context over its mean square; means over heads and rows. Deviations: layers learn
@@ -98,8 +98,8 @@ def calibrate(
     spec = model.spec
     if chosen.tokens > spec.max_context:
         raise ContextTooLong(f"calibrate {_METHOD}: tokens is {chosen.tokens}, the model's context {spec.max_context}")
-    if all(0 < layer.window < chosen.tokens for layer in spec.layers):
-        raise Unsupported(f"calibrate {_METHOD}: every layer's window is shorter than tokens={chosen.tokens}; give fewer tokens")
+    if all(layer.window for layer in spec.layers):
+        raise Unsupported(f"calibrate {_METHOD}: every layer has a window, and such layers stay dense")
     state = TrainingState(_METHOD, model.fingerprint, chosen, seed)
     total = chosen.steps + 2 * chosen.held_out
 
@@ -163,7 +163,7 @@ class Distiller:
         """See `AttentionBackend`: dense attention of one passage given whole. Mutates figures."""
         rows, keys, values = q[None], k[None], v[None]
         out, _ = attend_plan(None, rows, keys, values, scale=layer.scale, softcap=layer.softcap, window=layer.window)
-        if not 0 < layer.window < keys.shape[2]:
+        if not layer.window:
             with torch.inference_mode(False):  # a tensor made under inference mode can take no part in a gradient
                 self._learn(layer, *(x.clone() for x in (rows, keys, values, out)))
         return out[0]

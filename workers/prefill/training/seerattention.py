@@ -80,15 +80,15 @@ def calibrate(
     Raises:
         InvalidRequest: an option.
         ContextTooLong: `tokens` beyond the model's context.
-        Unsupported: every layer has a sliding window shorter than `tokens`.
+        Unsupported: every layer has a sliding window.
 
     Source: as `methods.seerattention`. The loss is KL(truth || softmax(S)) times 10 over all but the first quarter of the rows
     of tiles; truth is the largest probability in each tile, divided by its row's sum; AdamW, 20 steps of warm-up, cosine.
     Deviations: passages are read once and their pooled q, k and truth kept, not read anew for every step; no weight decay.
     """
     chosen = parse_options(_METHOD, Options, options)
-    if all(0 < layer.window < chosen.tokens for layer in model.spec.layers):
-        raise Unsupported(f"calibrate {_METHOD}: every layer's window is shorter than tokens={chosen.tokens}; give fewer tokens")
+    if all(layer.window for layer in model.spec.layers):
+        raise Unsupported(f"calibrate {_METHOD}: every layer has a window, and such layers stay dense")
     state = TrainingState(_METHOD, model.fingerprint, chosen, seed)
     n_read = chosen.passages + chosen.held_out
     total = n_read + -(-chosen.steps // _STEPS_A_UNIT)
@@ -186,7 +186,7 @@ class Trainee:
         k = torch.randn(spec.n_layers, spec.n_kv_heads, 3 * d, width, generator=gen) / (3 * d) ** 0.5
         self.q, self.k = (x.to(device).requires_grad_() for x in (q, k))
         self.frequencies = torch.stack([gate_frequencies(spec.ropes[i], width) for i in spec.layer_ropes]).to(device)
-        self.active = torch.tensor([0.0 if 0 < layer.window < tokens else 1.0 for layer in spec.layers], device=device)
+        self.active = torch.tensor([0.0 if layer.window else 1.0 for layer in spec.layers], device=device)
 
     def logits(self, batch: Example) -> Tensor:
         """[S, L, Hq, nQ, nK] float32."""

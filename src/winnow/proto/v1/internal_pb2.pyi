@@ -90,13 +90,12 @@ class PrefillEvent(_message.Message):
     def __init__(self, progress: _Optional[_Union[_common_pb2.Progress, _Mapping]] = ..., result: _Optional[_Union[PrefillResult, _Mapping]] = ...) -> None: ...
 
 class PrefillResult(_message.Message):
-    __slots__ = ("segment", "cached_tokens", "density", "queue_s", "work_s", "fallback_used", "recall", "dense_share")
+    __slots__ = ("segment", "cached_tokens", "density", "queue_s", "work_s", "recall", "dense_share")
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     WORK_S_FIELD_NUMBER: _ClassVar[int]
-    FALLBACK_USED_FIELD_NUMBER: _ClassVar[int]
     RECALL_FIELD_NUMBER: _ClassVar[int]
     DENSE_SHARE_FIELD_NUMBER: _ClassVar[int]
     segment: SegmentHandle
@@ -104,10 +103,9 @@ class PrefillResult(_message.Message):
     density: float
     queue_s: float
     work_s: float
-    fallback_used: str
     recall: float
     dense_share: float
-    def __init__(self, segment: _Optional[_Union[SegmentHandle, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., density: _Optional[float] = ..., queue_s: _Optional[float] = ..., work_s: _Optional[float] = ..., fallback_used: _Optional[str] = ..., recall: _Optional[float] = ..., dense_share: _Optional[float] = ...) -> None: ...
+    def __init__(self, segment: _Optional[_Union[SegmentHandle, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., density: _Optional[float] = ..., queue_s: _Optional[float] = ..., work_s: _Optional[float] = ..., recall: _Optional[float] = ..., dense_share: _Optional[float] = ...) -> None: ...
 
 class RankTask(_message.Message):
     __slots__ = ("request_id", "query", "documents", "ranker", "tenant")

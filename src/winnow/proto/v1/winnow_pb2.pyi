@@ -164,7 +164,7 @@ class ListMethodsRequest(_message.Message):
     def __init__(self, slot: _Optional[str] = ...) -> None: ...
 
 class MethodInfo(_message.Message):
-    __slots__ = ("slot", "name", "exact", "chunked", "prefix_safe", "families", "needs", "fallback", "version", "notes", "defaults", "unavailable")
+    __slots__ = ("slot", "name", "exact", "chunked", "prefix_safe", "families", "needs", "fallback", "version", "notes", "defaults", "unavailable", "training")
     class DefaultsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +184,7 @@ class MethodInfo(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
     slot: str
     name: str
     exact: bool
@@ -196,7 +197,8 @@ class MethodInfo(_message.Message):
     notes: str
     defaults: _containers.ScalarMap[str, str]
     unavailable: str
-    def __init__(self, slot: _Optional[str] = ..., name: _Optional[str] = ..., exact: bool = ..., chunked: bool = ..., prefix_safe: bool = ..., families: _Optional[_Iterable[str]] = ..., needs: _Optional[_Iterable[str]] = ..., fallback: _Optional[str] = ..., version: _Optional[int] = ..., notes: _Optional[str] = ..., defaults: _Optional[_Mapping[str, str]] = ..., unavailable: _Optional[str] = ...) -> None: ...
+    training: str
+    def __init__(self, slot: _Optional[str] = ..., name: _Optional[str] = ..., exact: bool = ..., chunked: bool = ..., prefix_safe: bool = ..., families: _Optional[_Iterable[str]] = ..., needs: _Optional[_Iterable[str]] = ..., fallback: _Optional[str] = ..., version: _Optional[int] = ..., notes: _Optional[str] = ..., defaults: _Optional[_Mapping[str, str]] = ..., unavailable: _Optional[str] = ..., training: _Optional[str] = ...) -> None: ...
 
 class ListMethodsReply(_message.Message):
     __slots__ = ("methods",)

@@ -125,11 +125,8 @@ _refused: set[HopperLaunch] = set()  # Gluon is young: what a later triton does 
 
 def launch(
     plan: TilePlan, lists: Lowered, q: Tensor, k: Tensor, v: Tensor, *, scale: float, out: Tensor, lse: Tensor,
-    choice: HopperLaunch | None = None,
 ) -> bool:  # fmt: skip
     """As `tile_attention`, for what `takes` it; writes out and lse. K, V and q that TMA cannot read in place are copied.
-
-    choice: other sizes than the table's, for measuring them.
 
     Returns:
         False, with nothing written, where this triton does not compile the kernel.
@@ -137,7 +134,7 @@ def launch(
     b, hq, n, d = q.shape
     hkv, m = k.shape[1:3]
     group, per_mask = hq // hkv, hq // plan.mask_heads
-    choice = choice or HopperLaunch.choose(d, plan.block_q, plan.block_k, pairs=group % 2 == 0 and per_mask % 2 == 0)
+    choice = HopperLaunch.choose(d, plan.block_q, plan.block_k, pairs=group % 2 == 0 and per_mask % 2 == 0)
     if choice in _refused:
         return False
     q, k, v = (x if _is_readable(x) else x.contiguous() for x in (q, k, v))
@@ -168,7 +165,7 @@ def launch(
             per_mask, plan.mask_heads, plan.batch, scale * _LOG2_E,
             **constants, **choice.options(),
         )  # fmt: skip
-    except triton.CompilationError as error:
+    except triton.TritonError as error:  # from its compiler, ptxas, or the driver that finds too little shared memory
         _refused.add(choice)
         _give_up(error)
         return False
