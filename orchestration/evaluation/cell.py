@@ -103,7 +103,8 @@ def run_cell(
     ids, n = prompt.token_ids, len(prompt.token_ids)
     segment = _segment(model, n + prompt.max_new_tokens)
     tally = Tally()
-    kept = prompt.scored_tokens + 1  # the row that predicts the first scored token, and those after it
+    unscored = max(0, min(tail_tokens, n - prompt.scored_tokens - 1))  # the end that is dense whatever the method
+    kept = prompt.scored_tokens + 1 + unscored  # the row that predicts the first scored token, and those after it
     _settle(decoder.device)
     began = time.perf_counter()
     method = method.for_prompt(segment.key_tiles)  # as serving does: chunks pool their own keys only
@@ -119,7 +120,8 @@ def run_cell(
         text = _answer(model, segment, int(logits.argmax()), prompt)
         score = task.score(text, prompt)
     else:
-        text, score = "", _likelihood(model, hidden[:-1], ids[-prompt.scored_tokens :])
+        first = n - unscored - prompt.scored_tokens
+        text, score = "", _likelihood(model, hidden[: prompt.scored_tokens], ids[first : n - unscored])
     measured = None
     if n_rows:
         segment.truncate(0)

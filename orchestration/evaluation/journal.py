@@ -26,7 +26,8 @@ from winnow.orchestration.journals import whole_lines, write_atomic
 from winnow.workers.model.loader import LoadedModel
 
 CELLS, MANIFEST = "cells.jsonl", "run.json"
-_FORMAT = 1
+_FORMAT = 2  # raised when cells are measured or kept in another way
+_PLACE = ("method", "task", "length", "seed", "asked_depth")  # what the user names of a cell
 _CODE = ("--", ":/", ":(top,exclude)tests/bench/results")  # a benchmark's own file does not change what the next one measures
 _OPTIONS = {"chunk_tokens": "--chunk", "tail_tokens": "--tail"}  # as the user names what a folder shares
 
@@ -120,10 +121,7 @@ class Journal:
         cells, manifest = self.folder / CELLS, self.folder / MANIFEST
         check_free(self.folder, resume=resume)
         if manifest.exists():
-            try:
-                known: dict[str, str] = json.loads(manifest.read_text())
-            except ValueError:
-                raise CorruptBlock(f"--out: {MANIFEST} is not JSON; use another folder") from None
+            known = _manifest(manifest, "--out")
             for name in sorted(known.keys() | shared.keys()):
                 if known.get(name) != shared.get(name):
                     said = _OPTIONS.get(name, name)
@@ -132,6 +130,8 @@ class Journal:
                         f"{shared.get(name)!r}; use another folder or the same {said}, so that what is compared "
                         "was measured alike"
                     )
+        elif cells.exists() and cells.stat().st_size:
+            raise CorruptBlock(f"--out: there are cells but no {MANIFEST} that says how they were made; use another folder")
         else:
             write_atomic(manifest, json.dumps(shared, indent=1) + "\n")
         return _read(cells)
@@ -173,16 +173,24 @@ def read_folder(folder: Path) -> tuple[dict[str, str], list[Record]]:
         InvalidRequest: the folder holds no evaluation. CorruptBlock: a file of it is damaged.
     """
     try:
-        shared: dict[str, str] = json.loads((folder / MANIFEST).read_text())
+        shared = _manifest(folder / MANIFEST, folder.name)
     except OSError as error:
         raise InvalidRequest(f"{folder.name}: holds no evaluation ({error.strerror}); give the folder of one") from None
-    except ValueError:
-        raise CorruptBlock(f"{folder.name}: its {MANIFEST} is not JSON") from None
     return shared, _latest(_read(folder / CELLS))
 
 
+def _manifest(path: Path, where: str) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CorruptBlock(f"{where}: its {MANIFEST} is not what winnow wrote; use another folder")
+    return found
+
+
 def _latest(done: dict[str, Record]) -> list[Record]:
-    found = {(r["method"], r["task"], r["length"], r["seed"], r["asked_depth"]): r for r in done.values()}
+    found = {tuple(r[name] for name in _PLACE): r for r in done.values()}
     return list(found.values())
 
 
@@ -194,7 +202,8 @@ def _records(lines: Iterable[bytes]) -> Iterator[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record: Record = json.loads(line)
-            record["key"]
+            for name in ("key", *_PLACE):
+                record[name]
         except (ValueError, KeyError, TypeError):
             raise CorruptBlock(
                 f"--out: line {number} of {CELLS} is damaged; remove the line to have its cell done again"

@@ -1,4 +1,4 @@
-"""Perplexity on real text: how well the model predicts the end of a long text that it has read."""
+"""Perplexity on real text: how well the model predicts a piece of a long text that it has read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from winnow.workers.model.tokenizer import Tokenizer
 @tasks.register("perplexity")
 @dataclass(frozen=True)
 class Perplexity(Task):
-    """Likelihood of the last tokens of a text given all before them. The score is 1 / perplexity: the geometric mean of the
+    """Likelihood of the last tokens of a text given all before them, of those that a prefill method planned: the dense end of a
+    served prompt is left out, which would tell nothing of the method. The score is 1 / perplexity: the geometric mean of the
     probabilities the tokens were given.
 
     Attributes:
-        scored_tokens: how many of the last tokens count; half of a shorter prompt.
+        scored_tokens: how many tokens count; half of a shorter prompt.
     """
 
+    version = 2
+
     generates = False
-    about = "perplexity of the last tokens of a real text; its score is 1 / perplexity"
+    about = "perplexity of the last planned tokens of a real text; its score is 1 / perplexity"
     scored_tokens: int = 256
 
     def __post_init__(self) -> None:

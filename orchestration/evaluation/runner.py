@@ -7,6 +7,8 @@ seeds: an evaluation that was interrupted and resumed has the same scores as one
 from __future__ import annotations
 
 import dataclasses
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +128,7 @@ class Evaluation:
     share: tuple[int, int] = (0, 1)
     is_timed: bool = True
     _warm: set[tuple[str, int]] = field(default_factory=set)
+    _run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # times of one run are compared with each other only
 
     def __post_init__(self) -> None:
         self.entrants = list(self._entrants())
@@ -163,6 +166,7 @@ class Evaluation:
                     continue
                 prompt = self._prompt(cell)
                 dense: Tensor | None = None
+                dense_s: float | None = None
                 for entrant, key in zip(self.entrants, keys, strict=True):
                     depth = "" if cell.asked_depth is None else f" · depth {cell.asked_depth:.0%}"
                     what = f"{entrant.label} · {cell.label} · {cell.length} tokens{depth} · seed {cell.seed}"
@@ -171,7 +175,7 @@ class Evaluation:
                     if key in journal.done:
                         continue
                     if entrant.label != CONTROL and not entrant.refusal and dense is None:  # dense was done by an earlier run
-                        dense = next_logits(self.model, prompt, self.grid.chunk_tokens, self.grid.tail_tokens)
+                        dense, dense_s = self._dense(cell, prompt)
                     record = self._record(cell, entrant, key, prompt)
                     try:
                         result = self._run(cell, entrant, prompt, dense)
@@ -180,13 +184,23 @@ class Evaluation:
                             raise
                         record["unsupported"] = str(error)
                     else:
-                        dense = result.logits if entrant.label == CONTROL else dense
+                        if entrant.label == CONTROL:
+                            dense, dense_s = result.logits, result.prefill_s
                         control = journal.done.get(keys[0], record)
                         record |= _figures(result, control if entrant.label != CONTROL else None, cell.task)
+                        record["dense_s"] = dense_s
                     journal.add(record)
                     self.on_cell(record)
             self.on_progress(done, total, "done")
             return journal.latest()
+
+    def _dense(self, cell: Cell, prompt: Prompt) -> tuple[Tensor, float]:
+        """Dense scores of the next token, and the seconds they took now: an earlier run's say nothing of this one's machine."""
+        if self.is_timed:
+            self._warm_up(cell, self.entrants[0], prompt)
+        began = time.perf_counter()
+        logits = next_logits(self.model, prompt, self.grid.chunk_tokens, self.grid.tail_tokens)
+        return logits, time.perf_counter() - began
 
     def _run(self, cell: Cell, entrant: Entrant, prompt: Prompt, dense: Tensor | None) -> CellResult:
         if entrant.refusal:
@@ -264,7 +278,7 @@ class Evaluation:
         return {
             "key": key, "method": entrant.label, "method_id": entrant.method_id, "task": cell.label, "length": cell.length,
             "seed": cell.seed, "asked_depth": cell.asked_depth, "depth": prompt.depth,
-            "commit": commit(),
+            "commit": commit(), "run": self._run_id,
         }  # fmt: skip
 
 

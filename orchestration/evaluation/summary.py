@@ -142,16 +142,17 @@ def _row(method: str, length: int, all_records: Sequence[Record], dense: dict[Pl
     pairs = list(zip(records, controls, strict=True))
     measured = [(r["measured"], c["measured"]) for r, c in pairs if r["measured"] and c["measured"]]
     overall = [own["overall"] for own, _ in measured]
-    dense_attend_s = sum(sum(control["attend_s"]) for _, control in measured)
+    at_once = [(r["measured"], c["measured"]) for r, c in pairs if r["measured"] and c["measured"] and r["run"] == c["run"]]
+    dense_attend_s = sum(sum(control["attend_s"]) for _, control in at_once)
 
     def mean(name: str, of: Callable[[list[float]], float] = statistics.fmean) -> float | None:
         return of([values[name] for values in overall]) if overall else None
 
     def share(name: str) -> float | None:
-        return sum(sum(own[name]) for own, _ in measured) / dense_attend_s if measured else None
+        return sum(sum(own[name]) for own, _ in at_once) / dense_attend_s if at_once else None
 
     times = [record["prefill_s"] for record in records]
-    ratios = [record["prefill_s"] / control["prefill_s"] for record, control in pairs]
+    ratios = [record["prefill_s"] / record["dense_s"] for record in records]
     same = [record["same_answer"] for record in records if record["same_answer"] is not None]
     return Row(
         method,

@@ -73,7 +73,7 @@ def answer(rows: Sequence[Row]) -> str:
             name, why = (
                 verdict(found[length][need], controls[length])
                 if need in found[length]
-                else ("dense", "nothing else was measured that skips keys")
+                else ("dense", _why_not_asked(need, length, rows))
             )
             cells += f'<td><b>{text(name)}</b><br><span class="quiet">{text(why)}</span></td>'
         lines.append(f'<tr><th scope="row">{text(need)}</th>{cells}</tr>')
@@ -85,6 +85,14 @@ def answer(rows: Sequence[Row]) -> str:
         f"{_dense_times(controls.values())}</p>"
     )
     return "".join(lines)
+
+
+def _why_not_asked(need: str, length: int, rows: Sequence[Row]) -> str:
+    """Why no method stands beside dense at a length."""
+    controls = [row for row in rows if row.length == length and row.method == CONTROL]
+    if "score" in need and controls and controls[0].dense_score == 0:
+        return "its own score is 0 here, of which nobody can keep a share"
+    return "nothing else was measured that skips keys"
 
 
 def _dense_times(controls: Iterable[Row]) -> str:

@@ -7,6 +7,7 @@ answer them poorly; what they are good for is agreement with dense attention, si
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 import string
@@ -71,6 +72,9 @@ class CommonWords(Task):
         return Prompt(ids, tuple(asked), max_new_tokens=self.words * 6, stop=("\n\n",))
 
 
+_MOST_WORDS = 1 << 16  # in a list that anything can be asked about
+
+
 @tasks.register("frequent-words")
 @dataclass(frozen=True)
 class FrequentWords(Task):
@@ -90,6 +94,19 @@ class FrequentWords(Task):
             raise InvalidRequest(
                 f"{self.name}: needs 1 <= words <= 10 and 1 <= alpha <= 8, got words={self.words}, alpha={self.alpha}"
             )
+        if self._smallest() > _MOST_WORDS:
+            raise InvalidRequest(
+                f"{self.name}: with alpha={self.alpha} it takes {self._smallest()} words until {self.words} of them lead; "
+                "ask for fewer words or a smaller alpha"
+            )
+
+    def _shares(self) -> list[float]:
+        return [(rank + 1) ** -self.alpha for rank in range(26)]
+
+    def _smallest(self) -> int:
+        """Words of a list from which on the last one asked for comes more often than the next."""
+        shares = self._shares()
+        return math.ceil(sum(shares) / (shares[self.words - 1] - shares[self.words]))
 
     def make(self, tokenizer: Tokenizer, n_tokens: int, seed: int, depth: float | None = None) -> Prompt:
         draw = random.Random(f"{self.name} {seed}")
@@ -99,25 +116,26 @@ class FrequentWords(Task):
         question = f"Question: What are the {self.words} most frequent words in the coded text above?"
         tail = stem_ids(tokenizer, f"\n\n{question}\n\nAnswer: The {self.words} most frequent words are:", pool)
 
+        shares = self._shares()
+
         def body(size: int) -> list[str]:
-            shares = [(rank + 1) ** -self.alpha for rank in range(len(pool))]
             scale = size / sum(shares)
             drawn = [word for word, share in zip(pool, shares, strict=True) for _ in range(round(share * scale))]
             random.Random(f"{self.name} {seed} {size}").shuffle(drawn)
             return drawn
 
-        ids = _fit(self.name, tokenizer, n_tokens, seed, head, tail, body, n_tokens)
+        ids = _fit(self.name, tokenizer, n_tokens, seed, head, tail, body, n_tokens, self._smallest())
         return Prompt(ids, tuple(pool[: self.words]), max_new_tokens=self.words * 8, stop=("\n\n",))
 
 
 def _fit(
     task: str, tokenizer: Tokenizer, n_tokens: int, seed: int, head: str, tail: Sequence[int], body: Callable[[int], list[str]],
-    largest: int,
+    largest: int, smallest: int = 0,
 ) -> tuple[int, ...]:  # fmt: skip
     """Exactly n_tokens: real text to make up the length, head, the longest list of words that fits, tail.
 
     Args:
-        body: body(size) is a list of words that grows with size, 0 <= size <= largest.
+        body: body(size) is a list of words that grows with size, smallest <= size <= largest.
     """
 
     def encoded(size: int) -> list[int]:
@@ -125,10 +143,10 @@ def _fit(
 
     opening = tokenizer.encode(f"\n\n{head}\n\n")
     room = n_tokens - len(tokenizer.bos_ids) - len(opening) - len(tail)
-    if (least := len(encoded(0))) + MIN_FILLER_TOKENS > room:
+    if (least := len(encoded(smallest))) + MIN_FILLER_TOKENS > room:
         needed = n_tokens - room + least + MIN_FILLER_TOKENS
         raise InvalidRequest(f"lengths: {task} needs at least {needed} tokens with this tokenizer, got {n_tokens}; ask for more")
-    low, high = 0, largest
+    low, high = smallest, largest
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(encoded(middle)) + MIN_FILLER_TOKENS <= room else (low, middle - 1)

@@ -43,18 +43,25 @@ def calibrate(
         options = parse_pairs(option or ())
         from winnow.workers.model.loader import load_model
         from winnow.workers.prefill import calibration
-        from winnow.workers.prefill.training import trainer
+        from winnow.workers.prefill.training import forget, trainer
 
         train = trainer(method)  # before a model is loaded for nothing
         started = time.monotonic()
         with stage_bars(shown=not as_json) as on_stage:
             loaded = load_model(model, dtype=dtype, device=device, on_progress=on_stage)
-            tensors, made = train(
-                loaded, on_progress=lambda done, total: on_stage("calibrating", done, total), seed=seed, **options
-            )
-        seconds = time.monotonic() - started
-        made["took"] = f"{seconds:.0f} s on {loaded.decoder.device.type}, loading included"
-        path = calibration.save(method, loaded.fingerprint, tensors, made)
+            try:
+                tensors, made = train(
+                    loaded, on_progress=lambda done, total: on_stage("calibrating", done, total), seed=seed, **options
+                )
+                seconds = time.monotonic() - started
+                made["took"] = f"{seconds:.0f} s on {loaded.decoder.device.type}, since it was last begun, loading included"
+                path = calibration.save(method, loaded.fingerprint, tensors, made)
+            except OSError as error:
+                raise InvalidRequest(
+                    f"WINNOW_HOME: cannot write to its folder calibration ({error.strerror}); make room there or choose another; "
+                    "what is learnt so far is kept, the same command goes on"
+                ) from None
+        forget(method, loaded.fingerprint, seed=seed, **options)
         size = path.stat().st_size
         if as_json:
             result = {"method": method, "model": loaded.name, "fingerprint": loaded.fingerprint, "path": str(path)}

@@ -135,6 +135,17 @@ def test_a_likelihood_is_the_geometric_mean_of_the_next_tokens_probabilities(tin
     assert cell(tiny, prompt, task="perplexity", chunk_tokens=chunk).score == pytest.approx(float((-losses).exp()), rel=1e-4)
 
 
+def test_a_likelihood_is_of_what_the_method_planned(tiny: LoadedModel) -> None:
+    """The end of a served prompt is dense whatever the method."""
+    hidden, _, _ = passed(tiny, PrefillBackend, None)
+    for scored, tail, last in ((100, 128, 172), (100, 0, 300), (150, 200, 151)):  # as much of the end as leaves room
+        losses = torch.nn.functional.cross_entropy(
+            tiny.decoder.logits(hidden[last - scored - 1 : last - 1]).double(), torch.tensor(ids()[last - scored : last])
+        )
+        found = cell(tiny, Prompt(ids(300), scored_tokens=scored), task="perplexity", tail_tokens=tail).score
+        assert found == pytest.approx(float((-losses).exp()), rel=1e-4)
+
+
 def test_chunks_change_nothing_of_dense_and_are_measured_as_one(tiny: LoadedModel) -> None:
     prompt = Prompt(ids(), ("x",), max_new_tokens=4)
     whole, parts = cell(tiny, prompt, n_rows=32), cell(tiny, prompt, n_rows=32, chunk_tokens=128)

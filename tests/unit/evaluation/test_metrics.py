@@ -162,13 +162,12 @@ def test_rows_kept_are_those_rows_of_the_mask() -> None:
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 64), (10, 64), (64, 64), (1000, 64), (1000, 5), (8192, 64)])
-def test_sampled_rows_are_spread_and_hold_the_last_ones(n: int, count: int) -> None:
+def test_sampled_rows_are_one_of_each_of_as_many_equal_parts(n: int, count: int) -> None:
+    """No part of a prompt stands out: its last rows, which many methods treat apart, count as much as any others."""
     rows = sampled_rows(n, count)
-    assert rows == sorted(set(rows)) and rows[0] >= 0 and rows[-1] == n - 1
     assert len(rows) == min(n, count)
-    assert set(rows) >= set(range(n - min(16, count, n), n))
-    if n == 8192:
-        assert max(b - a for a, b in zip([0, *rows], rows, strict=False)) < 200
+    parts = len(rows)
+    assert all(part * n // parts <= row < (part + 1) * n / parts for part, row in enumerate(rows))
 
 
 def test_kl_divergence_is_torchs() -> None:

@@ -11,8 +11,9 @@ import pytest
 from torch import Tensor
 
 from winnow.errors import Conflict, ContextTooLong, CorruptBlock, InvalidRequest, UnknownName, Unsupported
-from winnow.orchestration.evaluation.journal import CELLS, Journal, Record, environment
+from winnow.orchestration.evaluation.journal import CELLS, MANIFEST, Journal, Record, environment
 from winnow.orchestration.evaluation.runner import Evaluation, Grid
+from winnow.orchestration.evaluation.summary import summarise
 from winnow.registry import Capabilities, Entry
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.plan import TilePlan
@@ -21,7 +22,8 @@ from winnow.workers.prefill.base import PrefillMethod, prefill_methods
 
 FLEX = "flexprefill:block=32,gamma=0.5,min_budget=64"
 GRID = Grid(methods=(FLEX,), lengths=(500, 700), tasks=("needle", "perplexity"), seeds=2, n_rows=8)
-TIMES = {"prefill_s", "select_s", "attend_s"}
+PLACE = {"method": "dense", "task": "needle", "length": 500, "seed": 0, "asked_depth": None}
+TIMES = {"prefill_s", "select_s", "attend_s", "dense_s", "run"}
 
 
 @dataclass(frozen=True)
@@ -217,18 +219,47 @@ def test_a_folder_with_another_chunk_or_tail_is_refused(
 def test_a_damaged_line_is_named(tiny: LoadedModel, tmp_path: Path) -> None:
     with Journal(tmp_path, environment(tiny, 0, 0), resume=False):
         pass
-    (tmp_path / CELLS).write_text('{"key": "a"}\nnot json\n{"key": "b"}\n')
-    with pytest.raises(CorruptBlock, match=r"line 2 of cells\.jsonl"):
-        Journal(tmp_path, environment(tiny, 0, 0), resume=True)
+    whole = json.dumps(PLACE | {"key": "a"})
+    for damaged in ("not json", "[]", '{"key": "b"}'):
+        (tmp_path / CELLS).write_text(f"{whole}\n{damaged}\n{whole}\n")
+        with pytest.raises(CorruptBlock, match=r"line 2 of cells\.jsonl"):
+            Journal(tmp_path, environment(tiny, 0, 0), resume=True)
+
+
+@pytest.mark.parametrize("damaged", [None, "[]", "not json"])
+def test_cells_of_which_nobody_says_how_they_were_made_are_not_taken(
+    tiny: LoadedModel, tmp_path: Path, damaged: str | None
+) -> None:
+    run(tiny, tmp_path, replace(GRID, lengths=(500,), tasks=("needle",), seeds=1))
+    before = (tmp_path / CELLS).read_bytes()
+    (tmp_path / MANIFEST).unlink()
+    if damaged is not None:
+        (tmp_path / MANIFEST).write_text(damaged)
+    with pytest.raises(CorruptBlock, match=MANIFEST):
+        Journal(tmp_path, environment(tiny, 256, 0), resume=True)
+    assert (tmp_path / CELLS).read_bytes() == before
+
+
+def test_times_are_compared_with_dense_times_of_the_same_run(tiny: LoadedModel, tmp_path: Path) -> None:
+    few = replace(GRID, methods=(), lengths=(500,), tasks=("needle",), seeds=1)
+    run(tiny, tmp_path, few)
+    cells = tmp_path / CELLS
+    dense = json.loads(cells.read_text())
+    cells.write_text(json.dumps(dense | {"prefill_s": 1e6, "dense_s": 1e6}) + "\n")  # the machine was busy then
+    records = run(tiny, tmp_path, replace(few, methods=(FLEX,)), resume=True)
+    control, flex = summarise(records)
+    assert records[0]["run"] != records[1]["run"] and 0 < records[1]["dense_s"] < 1e3
+    assert flex.time_ratio == pytest.approx(records[1]["prefill_s"] / records[1]["dense_s"])
+    assert flex.attend_ratio is None and control.attend_ratio == pytest.approx(1.0), "attention was timed in two runs"
 
 
 def test_a_full_disk_is_named_and_loses_nothing_finished(tiny: LoadedModel, tmp_path: Path) -> None:
     with Journal(tmp_path, environment(tiny, 0, 0), resume=False) as journal:
-        journal.add({"key": "kept", "method": "dense"})
+        journal.add(PLACE | {"key": "kept"})
         journal._file.close()
         journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
         with pytest.raises(InvalidRequest, match=r"--out: a finished cell cannot be written.*--resume"):
-            journal.add({"key": "lost", "method": "dense"})
+            journal.add(PLACE | {"key": "lost"})
         assert list(journal.done) == ["kept"]
     with Journal(tmp_path, environment(tiny, 0, 0), resume=True) as journal:
         assert list(journal.done) == ["kept"]

@@ -334,7 +334,7 @@ def test_p8_chunks_give_the_one_shot_plan_where_a_method_says_so(row: Row) -> No
 def test_p8_layers_with_a_window_are_left_dense_also_while_it_holds_everything(row: Row) -> None:
     """Else a first chunk within the window would be planned, and the whole prompt not."""
     x, method = WORKLOADS["S7"](SHAPES["square"], 8), create(row)
-    assert method.plan(x.q, x.k, layer_for(x)) is not None
+    assert method.caps.exact or method.plan(x.q, x.k, layer_for(x)) is not None
     for window in (100, 320, 100_000):
         assert method.plan(x.q, x.k, dataclasses.replace(layer_for(x), window=window)) is None
 

@@ -18,7 +18,7 @@ from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.model.tiny import make_tiny_model
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.methods.sale import SALE
-from winnow.workers.prefill.training import trainer
+from winnow.workers.prefill.training import forget, trainer
 from winnow.workers.prefill.training.sale import Search, retrieval_prompt
 
 pytestmark = pytest.mark.slow
@@ -103,6 +103,7 @@ def test_a_calibrated_model_runs_with_its_own_thresholds(model: LoadedModel) -> 
 
 def test_a_stopped_calibration_goes_on_after_its_last_prompt(model: LoadedModel) -> None:
     whole, _ = trainer("sale")(model, **QUICK)
+    forget("sale", model.fingerprint, **QUICK)
 
     def stop(done: int, total: int) -> None:
         if done == 3:  # in the second prompt

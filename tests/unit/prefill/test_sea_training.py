@@ -104,7 +104,8 @@ def test_the_loss_is_its_formula(model: LoadedModel, monkeypatch: pytest.MonkeyP
 
     class Seen:
         def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, raw: RawQK) -> Tensor:
-            seen.append((layer, q, k, v))
+            with torch.inference_mode(False):  # only a copy made outside it can take part in a gradient
+                seen.append((layer, q.clone(), k.clone(), v.clone()))
             return distiller.attend(layer, q, k, v, raw)
 
     def backward(loss: Tensor, *args: Any, original: Any = Tensor.backward) -> None:
@@ -120,7 +121,7 @@ def test_the_loss_is_its_formula(model: LoadedModel, monkeypatch: pytest.MonkeyP
     params = {name: tensor.detach().clone().requires_grad_(name != "features") for name, tensor in distiller.params.items()}
     rows = [(r + 1) * n // n_rows - 1 for r in range(n_rows)]
     expected = []
-    for layer, q, k, v in ((layer, *(x.clone() for x in qkv)) for layer, *qkv in seen):
+    for layer, q, k, v in seen:
         hq, hkv = q.shape[0], k.shape[0]
         own = {name: tensor[layer.idx] for name, tensor in params.items()}
         log_map, gates, _ = draw_map(own, q[None], k[None], 0, layer.scale, n)

@@ -18,7 +18,7 @@ from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.model.spec import FAMILIES
 from winnow.workers.model.tiny import make_tiny_model
 from winnow.workers.prefill.methods.duoattention import DuoAttention, HeadClasses
-from winnow.workers.prefill.training import mixed_heads
+from winnow.workers.prefill.training import forget, mixed_heads
 from winnow.workers.prefill.training.duoattention import Options, _speed, calibrate, learn
 from winnow.workers.prefill.training.mixed_heads import MixedHeads
 from winnow.workers.prefill.training.passkeys import WORDS, Passkeys, passkey_prompts
@@ -179,6 +179,7 @@ def test_more_weight_on_the_scores_lets_more_heads_stream(tmp_path: Path) -> Non
 def test_a_stopped_training_goes_on_and_ends_the_same(tmp_path: Path, own_home: Path) -> None:
     model = tiny(tmp_path / "model")
     expected, made = calibrate(model, steps=23, **QUICK)
+    forget("duoattention", model.fingerprint, steps=23, **QUICK)
     assert not list((own_home / "calibration").glob("*.training"))
     seen: list[int] = []
 

@@ -18,7 +18,7 @@ from winnow.workers.model.tiny import make_tiny_model
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.methods.seerattention import BLOCK, SeerAttention, largest_tiles
 from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles
-from winnow.workers.prefill.training import seerattention, texts
+from winnow.workers.prefill.training import forget, seerattention, texts
 from winnow.workers.prefill.training.seerattention import Options, Trainee, calibrate, measure, read_examples, train
 from winnow.workers.prefill.training.state import TrainingState
 
@@ -136,6 +136,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(
 ) -> None:
     monkeypatch.setattr(seerattention, "_SAVE_EVERY", 10)
     expected, made = calibrate(model, steps=37, **QUICK)
+    forget("seerattention", model.fingerprint, steps=37, **QUICK)
     assert not list((own_home / "calibration").glob("*.training"))
     for limit in (1, 4, 6 + 2):  # reading what is held out, reading what is learnt from, training
 

@@ -4,19 +4,22 @@
 
 `tensors` and `made` are what `calibration.save` writes: learnt tensors by name, and how they came about (data, steps, loss
 before and after) as text by name. `on_progress(done, total)` counts work. A long training writes its state under
-`WINNOW_HOME/calibration` and goes on from there when it is called again with the same options, seed and model.
+`WINNOW_HOME/calibration` and goes on from there when it is called again with the same options, seed and model. The state stays
+until `forget`, for when the calibration is saved.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
 from winnow.errors import Unsupported
 from winnow.workers.prefill.base import prefill_methods
+from winnow.workers.prefill.training.options import parse_options
+from winnow.workers.prefill.training.state import TrainingState
 
 if TYPE_CHECKING:
     from winnow.workers.model.loader import LoadedModel
@@ -40,6 +43,12 @@ class Trainer(Protocol):
     ) -> tuple[dict[str, Tensor], dict[str, str]]: ...
 
 
+def forget(method: str, fingerprint: str, *, seed: int = 0, **options: object) -> None:
+    """Remove the state of the training that was called so."""
+    chosen = parse_options(method, _module(method).Options, options)
+    TrainingState(method, fingerprint, chosen, seed).remove()
+
+
 def trainer(method: str) -> Trainer:
     """What calibrates a method.
 
@@ -49,4 +58,8 @@ def trainer(method: str) -> Trainer:
     if method not in _MODULES:
         prefill_methods.get(method)
         raise Unsupported(f"{method}: needs no calibration, use it as it is (calibrated methods: {', '.join(_MODULES)})")
-    return cast(Trainer, importlib.import_module(f"{__name__}.{_MODULES[method]}").calibrate)
+    return cast(Trainer, _module(method).calibrate)
+
+
+def _module(method: str) -> Any:
+    return importlib.import_module(f"{__name__}.{_MODULES[method]}")

@@ -117,7 +117,6 @@ def calibrate(
         "roc_area": f"before={before.roc_area:.4f} after={after.roc_area:.4f}",
         "share_of_borders": f"{after.share:.4f}",
     }
-    state.remove()
     return trainee.tensors(), made
 
 

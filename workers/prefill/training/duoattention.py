@@ -111,7 +111,6 @@ def calibrate(
     }
     unseen = _prompts(model, chosen, chosen.held_out, seed, held_out=True)
     made |= measure(model, mixed, unseen, scores, seed, lambda done: report(total - n_measured + done))
-    state.remove()
     return {"scores": scores}, made
 
 

@@ -94,7 +94,6 @@ def calibrate(
                 on_progress(i * spec.n_layers + layer + 1, total)
         if not is_last:
             state.write(f"prompt-{i}", {"tau": tau})
-    state.remove()
     is_dense = tau < DENSE_TAU
     made = {
         "data": f"{chosen.prompts} key-value retrieval prompts of up to {chosen.tokens} tokens, one more to measure",

@@ -124,7 +124,6 @@ def calibrate(
     }
     for name in ("divergence", "recall", "context_error"):
         made |= {f"{name}_before": f"{float(before[name]):.4f}", f"{name}_after": f"{float(after[name]):.4f}"}
-    state.remove()
     return {**tensors, "longest": torch.tensor(chosen.tokens)}, made
 
 

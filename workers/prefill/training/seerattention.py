@@ -117,7 +117,6 @@ def calibrate(
     for density in DENSITIES:
         figures = {"gate": after.gate, "untrained": before.gate, "mean_pooling": after.mean_pooling, "oracle": after.oracle}
         made[f"recall_at_density_{density}"] = " ".join(f"{name}={recall[density]:.4f}" for name, recall in figures.items())
-    state.remove()
     return {"q": gates.q.detach().half(), "k": gates.k.detach().half()}, made
 
 
