@@ -47,7 +47,7 @@ from paths import ensure_importable
 
 ensure_importable()
 import torch
-from results import Row, write
+from results import Row, command_line, write
 
 from winnow.config import PrefillConfig
 from winnow.orchestration.evaluation.journal import Record, read_folder
@@ -265,6 +265,16 @@ def _row(
                n=n or len(repeated), spread=spread, note=note)  # fmt: skip
 
 
+def commands(args: argparse.Namespace) -> list[str]:
+    """All calls that filled the folder, this one last; they are kept in it."""
+    kept = args.out / "commands"
+    known = kept.read_text().splitlines() if kept.is_file() else []
+    if not args.only_collect:
+        known.append(command_line())
+        kept.write_text("\n".join(known) + "\n")
+    return known
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder of the finished prompts (default: a temporary one)")
@@ -302,7 +312,8 @@ def main() -> None:
         run_shards(args)
     shared, records = collect(args.out)
     methods = list(dict.fromkeys((CONTROL, *args.methods, *args.slow, *(record["method"] for record in records))))
-    write(f"{args.name}.json", rows_of(records, methods), machine=f"{shared['device']}, {shared['dtype']}, {shared['model']}")
+    machine = f"{shared['device']}, {shared['dtype']}, {shared['model']}"
+    write(f"{args.name}.json", rows_of(records, methods), machine, " && ".join(commands(args)))
     refused = sorted({(r["method"], r["unsupported"]) for r in records if "unsupported" in r})
     print(f"{len(records)} cells; refused: {refused or 'none'}")
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -74,12 +75,16 @@ def row(name: str, values: Sequence[float], unit: str, control: str, controls: S
                spread=spread, note=note)  # fmt: skip
 
 
-def write(file_name: str, rows: list[Row], machine: str | None = None) -> Path:
-    """Write `results/<file_name>` and print it as a table."""
+def command_line() -> str:
+    """What runs this process again."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def write(file_name: str, rows: list[Row], machine: str | None = None, command: str = "") -> Path:
+    """Write `results/<file_name>` and print it as a table. `command`: for a shell, where it took several processes."""
     FOLDER.mkdir(exist_ok=True)
     result = ResultFile(commit=commit(), date=datetime.date.today().isoformat(), machine=machine or describe_machine(),
-                        versions=versions(), command="python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-                        rows=rows)  # fmt: skip
+                        versions=versions(), command=command or command_line(), rows=rows)  # fmt: skip
     path = Path(os.environ.get("WINNOW_BENCH_OUT") or FOLDER) / file_name
     path.write_text(json.dumps(result.model_dump(), indent=1) + "\n")
     for r in rows:
@@ -111,7 +116,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_machine() -> str:
-    """Processor, usable cores and memory, or the GPU's name and memory."""
+    """Processor, the instructions that torch uses, usable cores and memory, or the GPU's name and memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -121,4 +126,4 @@ def describe_machine() -> str:
         (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "CPU"
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"

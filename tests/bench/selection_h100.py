@@ -3,14 +3,16 @@
     python tests/bench/selection_h100.py [--lengths 131072,32768,8192] [--seconds S]
 
 q, k and v have the shape of one layer of an 8B Llama (32 query and 8 KV heads of 128, bf16, batch 1), seeded noise: what these
-kernels cost does not depend on the values. Rows `selection/<N>/<what>`: milliseconds over those expected, which come from what
-must move and be multiplied on an H200 (`EXPECTED`), so that a ratio far above 1 is a kernel to look at. Whole plans of the
-methods beside dense attention are in `prefill_h100.py`. Results are checked by tests/kernels before; here nothing is.
+kernels cost does not depend on the values. Prints, for each length and kernel, milliseconds beside those expected, which come
+from what must move and be multiplied on an H200 (`EXPECTED`): one far above is a kernel to look at. Whole plans of the methods
+beside dense attention are in `prefill_h100.py`. A tool to look with: expectations are no control, so nothing is kept. Results are
+checked by tests/kernels before; here nothing is.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +26,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "uni
 from paths import ensure_importable
 
 ensure_importable()
-from prefill_h100 import DEVICE, prepared, quietly_write, synthetic, timed_ms
-from results import Row, row
+from prefill_h100 import prepared, synthetic, timed_ms
 
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.estimates import log_weights
@@ -34,7 +35,6 @@ from winnow.workers.attention.plan import TileLists, TilePlan
 from winnow.workers.prefill.methods.hyperattention import HyperAttention
 from winnow.workers.prefill.methods.sale import SALE
 
-CONTROL = "expected of an H200"
 # ms at 131,072 tokens that grow with the square of the length, ms that grow with the length, and ms that do not (launches)
 EXPECTED = {
     "sale/key_codes": (0.0, 0.15, 0.01),
@@ -128,17 +128,15 @@ def main() -> None:
     parser.add_argument("--lengths", default="131072,32768,8192")
     parser.add_argument("--seconds", type=float, default=60.0, help="wall clock after which what is left is skipped")
     options = parser.parse_args()
-    end, rows = time.monotonic() + options.seconds, list[Row]()
+    end = time.monotonic() + options.seconds
     for n in (int(x) for x in options.lengths.split(",")):
         layer = Layer.of(n)
         for name, call in layer.parts():
             if time.monotonic() > end:
                 print(f"no time left for {n}/{name}", flush=True)
                 continue
-            rows.append(row(f"selection/{n}/{name}", timed_ms(call, 5), "ms", CONTROL, [expected_ms(name, n)]))
-            print(f"{n:7} {name:26} {rows[-1].value:9.3f} ms, expected {rows[-1].control_value:.3f}", flush=True)
-    if DEVICE == "cuda":
-        quietly_write(rows, "selection_h100.json")
+            took = statistics.median(timed_ms(call, 5))
+            print(f"{n:7} {name:26} {took:9.3f} ms, expected {expected_ms(name, n):.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -162,9 +162,9 @@ def throughput(model: LoadedModel, client: Client, n: int, streams: int = 8, new
 
 
 def agreement_rows(model: LoadedModel, client: Client, lengths: list[int], seeds: int) -> Iterator[Row]:
-    """Sparse prefill plus KV retrieval beside dense on chats about a text with a planted fact."""
-    same, dense_right, sparse_right, density, keys = [], [], [], [], []
+    """Sparse prefill plus KV retrieval beside dense on chats about a text with a planted fact, long enough to run sparse."""
     for n_tokens in lengths:
+        same, dense_right, sparse_right, density, keys = [], [], [], [], []
         for seed in range(seeds):
             paragraphs = prompt_of(model, n_tokens, start=200 * seed)[0].split("\n\n")
             city, number = CITIES[seed % len(CITIES)], str(1_000_003 * (seed + 3))
@@ -184,14 +184,17 @@ def agreement_rows(model: LoadedModel, client: Client, lengths: list[int], seeds
             sparse_right.append(float(number in sparse.text))
             density.append(sparse.usage.prefill_density)
             keys.append(sparse.usage.keys_read_share)
-    ones = [1.0] * len(same)
-    note = f"{len(same)} chats about {lengths} tokens, flexprefill + retrieval-attention, 8 greedy tokens"
-    mean = statistics.fmean
-    yield row("sparse_agreement", [mean(same)], "share", "dense", [mean(ones)], "identical answers; " + note)
-    if any(dense_right):
-        yield row("sparse_needle", [mean(sparse_right)], "share", "dense", [mean(dense_right)], "planted fact found; " + note)
-    yield row("sparse_density", density, "share", "dense", ones, "kept / causal pairs of the prefill; " + note)
-    yield row("sparse_keys_read", keys, "share", "dense", ones, "keys read / cached while decoding; " + note)
+        if min(density) == 1.0:
+            raise RuntimeError(f"a prompt of {n_tokens} tokens ran dense: nothing would be compared")
+        ones, mean = [1.0] * seeds, statistics.fmean
+        note = f"{seeds} chats about {n_tokens} tokens, flexprefill + retrieval-attention, 8 greedy tokens"
+        at = f"{n_tokens // 1000}k"
+        yield row(f"sparse_agreement_{at}", [mean(same)], "share", "dense", [mean(ones)], "identical answers; " + note)
+        if any(dense_right):
+            right = [mean(sparse_right)], "share", "dense", [mean(dense_right)]
+            yield row(f"sparse_needle_{at}", *right, "planted fact found; " + note)
+        yield row(f"sparse_density_{at}", density, "share", "dense", ones, "kept / causal pairs of the prefill; " + note)
+        yield row(f"sparse_keys_read_{at}", keys, "share", "dense", ones, "keys read / cached while decoding; " + note)
 
 
 def ranking_rows(client: Client, n_documents: int, n_queries: int) -> Iterator[Row]:
@@ -295,7 +298,7 @@ def main() -> None:
             Client(address=state.address, token=state.token) as client,
         ):
             keep(pipeline_rows(model, engine, client, n))
-            keep(agreement_rows(model, client, [2048] if quick else [2048, 4096], 2 if quick else 4))
+            keep(agreement_rows(model, client, [4096] if quick else [4096, 7000], 1 if quick else 4))
             keep(ranking_rows(client, 100, 3 if quick else 25))
     write("spine_cpu.json", rows, machine=f"{describe_machine()}, {model.dtype_name}")
 

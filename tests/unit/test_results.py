@@ -63,12 +63,13 @@ def test_a_file_with_a_view_becomes_a_line_for_many_rows(tmp_path: Path) -> None
 def test_scores_of_few_prompts_are_not_shown_and_the_front_page_gets_the_first_view(tmp_path: Path) -> None:
     data = copy.deepcopy(GOOD)
     kinds = {"quality/all/recall/score": 330, "quality/all/sea/score": 4, "quality/all/sea/perplexity": 2}
-    data["rows"] = [{**ROW, "name": name, "n": n} for name, n in kinds.items()]
+    note = "+0.100 ± 0.020 beside dense; needle 1.000"
+    data["rows"] = [{**ROW, "name": name, "n": n, "note": note} for name, n in kinds.items()]
     data["rows"].append({**ROW, "name": "quality/2048/recall/score", "n": 100})
     (tmp_path / "quality.json").write_text(json.dumps(data))
     (tmp_path / "spine.json").write_text(json.dumps(GOOD))
     lines = tables.markdown(tables.load(tmp_path), front=True).splitlines()
-    assert lines[-4:] == ["| | score | perplexity |", "|---|---|---|", "| recall | 1.1 |  |", "| sea |  | 1.1 |"]
+    assert lines[-4:] == ["| | score | perplexity |", "|---|---|---|", "| recall | 1.100 ± 0.020 (330) |  |", "| sea |  | 1.1 |"]
     assert not any("2048" in line for line in lines) and not any("ttft" in line for line in lines)
     assert any("score 2048" in line for line in tables.markdown(tables.load(tmp_path)).splitlines())
 
