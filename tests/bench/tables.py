@@ -106,16 +106,6 @@ VIEWS: dict[str, tuple[View, ...]] = {
             "method in every layer, whether that pays or not",
         ),
     ),
-    "quality_cpu": (
-        View(
-            r"quality/2048/([^/]+)/(score|perplexity|density)",
-            r"\1",
-            r"\2",
-            "2,048 tokens on a CPU: score (standard error, prompts) and perplexity over dense, density",
-            ("density",),
-            ("score",),
-        ),
-    ),
     "ttft_served_h100": (
         View(
             r"ttft_served/(\d+)/(.+)",

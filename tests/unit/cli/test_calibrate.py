@@ -95,6 +95,21 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(
     assert not list((own_home / "calibration").glob("*.safetensors"))
 
 
+def test_a_calibration_that_cannot_be_saved_is_kept_for_the_next_try(winnow: Winnow, tmp_path: Path, own_home: Path) -> None:
+    folder = make_tiny_model(tmp_path / "tiny")
+    model = load_model(str(folder), device="cpu", dtype="fp32")
+    file = own_home / "calibration" / calibration.file_name("seerattention", model.fingerprint)
+    file.mkdir(parents=True)  # in its way
+    done = winnow(*arguments("seerattention", folder))
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "WINNOW_HOME" in done.stderr and "the same command goes on" in done.stderr
+    (state,) = (own_home / "calibration").glob("*.training")
+    assert any(state.iterdir())
+    file.rmdir()
+    assert winnow(*arguments("seerattention", folder)).returncode == 0
+    assert [file] == list((own_home / "calibration").iterdir())
+
+
 def test_values_are_read_as_what_they_look_like() -> None:
     pairs = parse_pairs(["steps=12", "rate = 1e-3", "fast=True", "text=a=b"])
     assert pairs == {"steps": 12, "rate": 0.001, "fast": True, "text": "a=b"}

@@ -91,7 +91,7 @@ class DHSAv1(TileListMethod):
         local: last tokens, up to the block's end, always read. global_tokens: first tokens, always read.
         instruction: last tokens of the prompt, where a border is and rows are dense.
         threshold: borders score above it; a logit.
-        apart: fewest tokens from one border to the next.
+        apart: tokens on either side of a border that hold no other one: the next is apart + 1 tokens away at least.
         borders_per_block: most borders for every `block` tokens of the text.
         chunk_tokens: length of chunks; 0 = the trained predictor's borders.
     """
@@ -183,7 +183,7 @@ class DHSAv1(TileListMethod):
         )
 
     def borders(self, k: Tensor, layer: LayerSpec) -> Tensor:
-        """[B, M] bool: the tokens of k [B, Hkv, M, D] that begin a chunk; token 0 does."""
+        """[B, M] bool: the tokens of k [B, Hkv, M, D] that begin a chunk; token 0 does. Raises Unsupported: see `plan`."""
         batch, _, m, _ = k.shape
         key = torch.arange(m, device=k.device)
         if self.chunk_tokens:

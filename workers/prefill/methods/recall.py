@@ -151,7 +151,8 @@ def tile_shares(q: Tensor, k: Tensor, layer: LayerSpec, block: int, every: int, 
     """Mean exact attention mass that some rows of each query tile give to each key tile.
 
     Args:
-        q: [B, Hq, N, D]. k: [B, Hkv, M, D]. every: one row in so many is looked at; divides block.
+        q: [B, Hq, N, D]. k: [B, Hkv, M, D], any float dtype.
+        block: rows and keys of a tile. every: one row in so many is looked at; divides block. seed: of which one.
 
     Returns:
         [B, Hq, ceil(N / block), ceil(M / block)] float32; each row sums to 1. Holds at most about `SLAB_BYTES` at once besides.

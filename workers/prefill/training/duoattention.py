@@ -80,9 +80,10 @@ def calibrate(
 
     Source: as `methods.duoattention`. The loss is the mean squared difference between final hidden states with mixed and with
     full attention, over the rows that predict answer tokens, plus l1 times the mean score; AdamW without weight decay, scores
-    begin at 1 and are clamped to [0, 1]. Deviations: prompts are short and few, and their full hidden states are computed once
-    and kept; streaming is exact to the token, not to blocks of 128; layers with a sliding window keep their heads as they are,
-    unless every layer has one.
+    begin at 1 and are clamped to [0, 1]. Deviations: prompts are short and few, and so are the steps (published: 2000), and
+    their full hidden states are computed once and kept; streaming is exact to the token, not to blocks of 128; layers with a
+    sliding window keep their heads as they are, unless every layer has one; what is found is measured beside random heads, not
+    beside those that the entropy of their attention would choose.
     """
     chosen = parse_options(_METHOD, Options, options)
     if chosen.tokens > model.spec.max_context:

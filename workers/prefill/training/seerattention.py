@@ -84,7 +84,8 @@ def calibrate(
 
     Source: as `methods.seerattention`. The loss is KL(truth || softmax(S)) times 10 over all but the first quarter of the rows
     of tiles; truth is the largest probability in each tile, divided by its row's sum; AdamW, 20 steps of warm-up, cosine.
-    Deviations: passages are read once and their pooled q, k and truth kept, not read anew for every step; no weight decay.
+    Deviations: passages are short (published: 64K tokens), read once and their pooled q, k and truth kept, not read anew for
+    every step; no weight decay.
     """
     chosen = parse_options(_METHOD, Options, options)
     if all(layer.window for layer in model.spec.layers):
