@@ -192,6 +192,7 @@ def test_ctrl_c_stops_the_work_on_the_server() -> None:
         [SCRIPT, "generate", "--raw", "abc", "--max-tokens", "1900", "--ignore-eos"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it, and so do its own
     )
     assert process.stdout is not None and process.stdout.read(1)  # the first character: it is generating
     process.send_signal(signal.SIGINT)

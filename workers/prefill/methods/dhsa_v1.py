@@ -14,7 +14,6 @@ from winnow.errors import CorruptBlock, InvalidRequest, Unsupported
 from winnow.registry import Capabilities
 from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.plan import TileLists, TilePlan
-from winnow.workers.model.spec import ModelSpec
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.calibration import Calibration
@@ -138,7 +137,8 @@ class DHSAv1(TileListMethod):
         if self.chunk_tokens:
             return self
         found = calibration.load(self.name, model.fingerprint)
-        return self.with_predictors(_predictors(found, model.spec, model.decoder.device))
+        spec = model.spec
+        return self.with_predictors(_predictors(found, spec.n_layers, spec.n_kv_heads * spec.head_size, model.decoder.device))
 
     def with_predictors(self, predictors: Predictors) -> DHSAv1:
         """A copy that cuts with these predictors."""
@@ -265,6 +265,6 @@ class Chunks:
 
 
 @functools.lru_cache(maxsize=4)
-def _predictors(found: Calibration, spec: ModelSpec, device: torch.device) -> Predictors:
+def _predictors(found: Calibration, n_layers: int, channels: int, device: torch.device) -> Predictors:
     """One copy on the device however many requests are bound."""
-    return Predictors.of(dict(found.tensors), spec.n_layers, spec.n_kv_heads * spec.head_size, device, found.digest)
+    return Predictors.of(dict(found.tensors), n_layers, channels, device, found.digest)
