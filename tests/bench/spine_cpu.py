@@ -122,7 +122,7 @@ def pipeline_rows(model: LoadedModel, engine: LocalEngine, client: Client, n: in
     )
     yield row("pipeline_ttft_4k", ours, "s", "the same engine in process", control)
     ours, control = alternate(
-        n,
+        2 * n + 1,
         lambda _: per_token_ms(pipeline_times(client, short_text, 48, no_cache=True)),
         lambda _: per_token_ms(engine_times(engine, short_ids, 48)),
     )
