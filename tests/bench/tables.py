@@ -120,7 +120,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"\1",
             r"\2",
             "the default model, over 2,048, 4,096 and 8,064 tokens: task score over dense's with its standard error and the "
-            "number of prompts, where these are 100; perplexity of real text over dense's; recall; density. Measured when half "
+            "number of prompts, where there are 100; perplexity of real text over dense's; recall; density. Measured when half "
             "of the scored tokens and 16 of 64 sampled rows lay in the dense end of a prompt: a method by itself loses up to "
             "twice as much of the perplexity, and some percent more of the attention mass",
             ("recall", "density"),

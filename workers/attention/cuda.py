@@ -14,7 +14,9 @@ from winnow.workers.attention.plain import plain, rows_at_once
 log = logging.getLogger(__name__)
 _SMALL_ROWS = 64  # at most this many rows: flash splits the keys over the whole device, cuDNN one row block over one unit
 _PIECE_KEYS = 16_384  # of a piece of the keys, at least: merging two takes as long as reading a few thousand
-_refused: set[tuple[object, ...]] = set()  # what a kernel turned down once is not asked again
+# Shapes that a kernel turned down, by kernel, dtype, head size, causality and grouping. None is asked for again, and after two
+# nothing of their kind: then it was not the shape.
+_refused: dict[tuple[str, torch.dtype, int, bool, bool], set[tuple[int, ...]]] = {}
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -42,8 +44,9 @@ def fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tup
         if height > _SMALL_ROWS and not causal and _pieces(rows, k) > 1:
             kernels.insert(0, _in_pieces)
         for kernel in kernels:
-            case = (kernel.__name__, q.dtype, causal, rows.shape, k.shape)
-            if case in _refused:
+            case = (kernel.__name__, q.dtype, d, causal, rows.shape[1] != hkv)
+            shape, refused = (*rows.shape, k.shape[2]), _refused.get(case, set())
+            if shape in refused or len(refused) > 1:
                 continue
             try:
                 out, lse = kernel(rows, k, v, scale, causal)
@@ -51,10 +54,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tup
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             except RuntimeError as error:
-                _refused.add(case)
-                log.warning(
-                    "attention: %s refused %s %s, using the next: %.200s", kernel.__name__, q.dtype, list(rows.shape), error
-                )
+                _refused[case] = {*refused, shape}
+                log.warning("attention: %s refused %s %s, using the next: %.200s", kernel.__name__, q.dtype, shape, error)
     return _plain_rows(q, k, v, scale, causal)
 
 

@@ -84,11 +84,7 @@ def _description(method: Any) -> str:
     """A method's line for people, what it can do, its parameters, and what steps in for it."""
     traits = ["exact" if method.exact else "approximate", "prefix-safe" if method.prefix_safe else "not prefix-safe"]
     traits += [f"needs {role}" for role in sorted(method.needs)]
-    traits += (
-        [{"calibration": "calibrated per model", "model": "for models trained with it"}[method.training]]
-        if method.training
-        else []
-    )
+    traits += [_TRAINING[method.training]] if method.training else []
     traits += [f"falls back to {method.fallback}"] if method.fallback else []
     text = f"{escape(method.notes)}\n[dim]{', '.join(traits)}[/]"
     if method.defaults:

@@ -49,7 +49,7 @@ def test_what_is_trained_is_what_is_used(model: LoadedModel) -> None:
     calibration.save("seerattention", model.fingerprint, calibrated, {})
     ids = next(texts.passages(model.tokenizer, 640, 7))
     examples = read_examples(model, [ids], TrainingState("test", model.fingerprint, "", 0), nothing, held_out=True)
-    gates = Trainee(model, 640, 8, 0)
+    gates = Trainee(model, 8, 0)
     with torch.no_grad():
         gates.q.copy_(calibrated["q"])
         gates.k.copy_(calibrated["k"])
@@ -75,7 +75,7 @@ def test_what_is_trained_is_what_is_used(model: LoadedModel) -> None:
 def test_the_loss_is_the_divergence_from_the_truth_after_the_first_quarter_of_rows(model: LoadedModel) -> None:
     source = texts.passages(model.tokenizer, 512, 0)
     examples = read_examples(model, islice(source, 2), TrainingState("test", model.fingerprint, "", 0), nothing, held_out=False)
-    gates = Trainee(model, 512, 8, 0)
+    gates = Trainee(model, 8, 0)
     with torch.no_grad():
         logits, truth = gates.logits(examples).double(), examples["truth"].double()
         rows = [
@@ -122,7 +122,7 @@ def test_gates_learn_what_topics_attend_to(tmp_path: Path) -> None:
     unseen = read_examples(model, islice(topical_passages(1024, 1), 4), state, nothing, held_out=True)
     seen = read_examples(model, islice(topical_passages(1024, 2), 64), state, nothing, held_out=False)
     chosen = Options(passages=64, steps=400, batch=8, rate=1e-2, width=16)
-    gates = Trainee(model, 1024, chosen.width, seed=0)
+    gates = Trainee(model, chosen.width, seed=0)
     before = measure(gates, unseen)
     train(gates, seen, chosen, 0, state, nothing)
     after = measure(gates, unseen)
@@ -176,7 +176,7 @@ def test_figures_and_tensors_are_those_of_the_model(model: LoadedModel) -> None:
 
 def test_layers_with_a_window_are_left_alone(tmp_path: Path) -> None:
     mixed = load_model(str(make_tiny_model(tmp_path / "mixed", "gemma3")), device="cpu", dtype="fp32")
-    start = Trainee(mixed, 256, 8, 0)
+    start = Trainee(mixed, 8, 0)
     assert start.active.tolist() == [0.0, 1.0]
     tensors, _ = calibrate(mixed, steps=5, **QUICK)
     assert torch.equal(tensors["q"][0], start.q[0].detach().half()) and not torch.equal(tensors["q"][1], start.q[1].half())

@@ -104,7 +104,7 @@ def calibrate(
         model, islice(sources[1], chosen.passages), state, lambda done: report(chosen.held_out + done), held_out=False
     )
     seen = {name: tensor.to(model.decoder.device) for name, tensor in seen.items()}  # small beside the model's passes
-    gates = Trainee(model, chosen.tokens, chosen.width, seed)
+    gates = Trainee(model, chosen.width, seed)
     before = measure(gates, unseen)
     train(gates, seen, chosen, seed, state, lambda step: report(n_read + step // _STEPS_A_UNIT))
     after = measure(gates, unseen)
@@ -178,7 +178,7 @@ class Trainee:
         active: [L] float32, 0 for layers whose window is shorter than a passage: they never use a gate.
     """
 
-    def __init__(self, model: LoadedModel, tokens: int, width: int, seed: int) -> None:
+    def __init__(self, model: LoadedModel, width: int, seed: int) -> None:
         spec, device = model.spec, model.decoder.device
         gen = torch.Generator().manual_seed(seed)
         d = spec.head_size
