@@ -38,8 +38,8 @@ from winnow.workers.prefill.worker import PrefillEngine
 
 
 def turns_of(n: int) -> int:
-    """How often each runs after a first time that is not counted: long prompts take seconds and vary little."""
-    return 30 if n <= 2_048 else 16 if n <= 8_192 else 4 if n <= 32_768 else 2
+    """How often each runs after a first time that is not counted: short prompts wait for the host and vary by half."""
+    return 120 if n <= 1_024 else 60 if n <= 2_048 else 20 if n <= 8_192 else 4 if n <= 32_768 else 2
 
 
 def measure(engine: PrefillEngine, store: SegmentStore, ids: list[int], specs: list[str]) -> list[Row]:
