@@ -67,8 +67,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"\2",
             "131,072 keys of the workload `model-like`; times over cuDNN dense attention, error of the output over the norm of "
             "dense's. `dhsa-v1` cuts chunks of one length here, `duoattention` and `seerattention` have seeded parameters: their "
-            "times mean something, their recall does not. Recall and error are of 48 rows, the last 16 of the prompt among them: "
-            "too good for methods that treat those apart, `flashprefill` most of all",
+            "times mean something, their recall does not. Recall and error are of 48 rows, one from each of as many equal parts",
             ("density", "recall", "error"),
         ),
         View(
@@ -120,9 +119,8 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"\1",
             r"\2",
             "the default model, over 2,048, 4,096 and 8,064 tokens: task score over dense's with its standard error and the "
-            "number of prompts, where there are 100; perplexity of real text over dense's; recall; density. Measured when half "
-            "of the scored tokens and 16 of 64 sampled rows lay in the dense end of a prompt: a method by itself loses up to "
-            "twice as much of the perplexity, and some percent more of the attention mass",
+            "number of prompts, where there are 100; perplexity over dense's of real text before a prompt's dense end; recall; "
+            "density",
             ("recall", "density"),
             ("score",),
             100,

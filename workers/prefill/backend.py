@@ -118,11 +118,7 @@ class PrefillBackend:
         values = self.segment.v(layer.idx)[None, :, :end].to(q.device)
         border = n if self.planned is None else self.planned
         upto = self.start + border
-        plan = None
-        if self.method is not None and border:
-            plan = self._plan(
-                layer, self.method, q[None, :, :border], keys[:, :, :upto], RawQK(raw.q[:, :border], raw.k[:, :border])
-            )
+        plan = self._plan(layer, self.method, border, q, keys, raw) if self.method is not None and border else None
         if plan is None or border == n:
             out = self._attend(layer, plan, q[None], keys, values)
         else:
@@ -135,18 +131,15 @@ class PrefillBackend:
             kept[:, self.first_slot : self.first_slot + len(self.samples)] = q.index_select(1, self.samples)
         return out[0]
 
-    def _plan(self, layer: LayerSpec, method: PrefillMethod, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
-        """What the method reads of this layer; None = dense."""
-        n, m = q.shape[2], k.shape[2]
-        if self.break_even is None:
-            return method.plan(q, k, layer, raw)
-        if layer.softcap and q.device.type == "cpu":
-            # Dense attention is float32 math there, many times what the costs were measured on; a plan takes its share of it.
-            return method.plan(q, k, layer, raw)
-        if not self.break_even.tries(layer, n, m, q.device):
+    def _plan(self, layer: LayerSpec, method: PrefillMethod, n: int, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
+        """What the method reads for the first n rows of q [Hq, T, D], of the keys k [1, Hkv, M, D] up to theirs; None = dense."""
+        m = self.start + n
+        # Soft-capped dense attention is float32 math on a CPU, many times what the costs were measured on; a plan takes its share.
+        chooser = None if layer.softcap and q.device.type == "cpu" else self.break_even
+        if chooser is not None and not chooser.tries(layer, n, m, q.device):
             return None
-        plan = method.plan(q, k, layer, raw)
-        return plan if self.break_even.takes(layer, plan) else None
+        plan = method.plan(q[None, :, :n], k[:, :, :m], layer, RawQK(raw.q[:, :n], raw.k[:, :n]))
+        return plan if chooser is None or chooser.takes(layer, plan) else None
 
     def _attend(self, layer: LayerSpec, plan: TilePlan | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows q [1, Hq, n, D] over k and v [1, Hkv, m, D], of which the last n are their own; [1, Hq, n, D]."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class BreakEven:
     _passes: int = 0  # of this chunk
     _on_the_way: deque[tuple[int, Size, float, _Read]] = field(default_factory=deque)  # the pass, and what it may lose as a trial
 
-    @property
+    @cached_property  # not looked up for each layer: a short prompt waits for the host
     def _costs(self) -> tuple[DeviceCosts, MethodCosts] | None:
         method = self.device.of(self.method) if self.device is not None else None
         return (self.device, method) if self.device is not None and method is not None else None

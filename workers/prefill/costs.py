@@ -42,9 +42,9 @@ class Size:
 
     @classmethod
     def of(cls, layer: LayerSpec, rows: int, keys: int) -> Size:
-        return cls(rows, keys, layer.n_q_heads, layer.head_size)
+        return _size(rows, keys, layer.n_q_heads, layer.head_size)
 
-    @property
+    @functools.cached_property
     def causal(self) -> float:
         """Causal pairs over all heads."""
         return self.heads * (self.rows * (self.keys - self.rows) + self.rows * (self.rows + 1) / 2)
@@ -56,6 +56,9 @@ class Size:
     def selected(self) -> Coefficients:
         """Features of a method's selection."""
         return self.causal * self.head_size * 1e-9, self.keys * self.heads * self.head_size * 1e-6, 1.0
+
+
+_size = functools.lru_cache(maxsize=64)(Size)  # the layers of a chunk ask for the same one, and a short prompt waits for the host
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,7 @@ def _is_number(text: str) -> bool:
 
 def costs_of(device: torch.device, dtype: torch.dtype, file: Path = FILE) -> DeviceCosts | None:
     """The costs of a device's kind with values of this dtype, None where nobody measured it."""
-    found = _read(file).get(device_kind(device, dtype))
-    return DeviceCosts.from_json(found) if found is not None else None
+    return _read(file).get(device_kind(device, dtype))
 
 
 def device_kind(device: torch.device, dtype: torch.dtype) -> str:
@@ -148,11 +150,10 @@ def device_kind(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _read(file: Path) -> Mapping[str, Any]:
+def _read(file: Path) -> Mapping[str, DeviceCosts]:
     if not file.is_file():
         return {}
-    devices: Mapping[str, Any] = json.loads(file.read_text())["devices"]
-    return devices
+    return {kind: DeviceCosts.from_json(found) for kind, found in json.loads(file.read_text())["devices"].items()}
 
 
 def _three(values: Any) -> Coefficients:
