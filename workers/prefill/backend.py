@@ -134,7 +134,7 @@ class PrefillBackend:
     def _plan(self, layer: LayerSpec, method: PrefillMethod, n: int, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
         """What the method reads for the first n rows of q [Hq, T, D], of the keys k [1, Hkv, M, D] up to theirs; None = dense."""
         m = self.start + n
-        # Soft-capped dense attention is float32 math on a CPU, many times what the costs were measured on; a plan takes its share.
+        # Soft-capped dense attention is float32 math on a CPU, many times what costs were measured on; a plan takes its share.
         chooser = None if layer.softcap and q.device.type == "cpu" else self.break_even
         if chooser is not None and not chooser.tries(layer, n, m, q.device):
             return None

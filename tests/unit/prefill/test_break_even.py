@@ -356,8 +356,8 @@ def shipped() -> DeviceCosts:
     "method", sorted(set(shipped().methods) - {"dhsa-v1:chunk_tokens=set"})
 )  # which reads a share that is given
 def test_on_an_accelerator_no_density_that_all_layers_share_costs_three_percent(method: str, arriving: type[Arriving]) -> None:
-    """The layers of an 8B Llama in chunks of 16,384, at densities that nobody would expect. What they take is what was fitted to an
-    H100; the choice puts its margin on top."""
+    """The layers of an 8B Llama in chunks of 16,384, at densities that nobody would expect. They take what was fitted to an H100;
+    the choice puts its margin on top."""
     costs, own, n, n_layers = shipped(), replace(shipped().methods[method], margin=1.0), 16384, 32
     for chunks in (1, 2, 4, 8):
         for density in (0.02, 0.5, 1.0):
