@@ -112,11 +112,14 @@ def test_shipped_gates_learnt_what_their_card_demands() -> None:
     assert recall["untrained"] < recall["mean_pooling"] < recall["gate"] <= recall["oracle"] <= 1.0
 
 
-def test_shipped_retrieval_heads_answer_nearly_as_well_as_all_and_better_than_random_ones() -> None:
+@pytest.mark.parametrize("share", ["0.25", "0.5"])
+def test_shipped_retrieval_heads_answer_nearly_as_well_as_all_and_better_than_heads_picked_otherwise(share: str) -> None:
     made = _made("duoattention")
-    dense, found, random = (float(made[f"answer_tokens_right_{name}"]) for name in ("dense", "found@0.5", "random@0.5"))
+    dense, found, random, entropy = (
+        float(made[f"answer_tokens_right_{name}"]) for name in ("dense", f"found@{share}", f"random@{share}", f"entropy@{share}")
+    )
     assert found >= 0.95 * dense
-    assert found > random
+    assert found > max(random, entropy)
 
 
 def test_no_head_of_the_shipped_thresholds_errs_by_more_than_theta() -> None:

@@ -206,7 +206,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(tmp_path: Path, own_home: 
 def test_progress_ends_at_its_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     tensors, made = calibrate(tiny(tmp_path), steps=2, on_progress=lambda *now: seen.append(now), **QUICK)
-    assert seen == sorted(seen) and seen[-1] == (3 + 3 * 2 + 5, 3 + 3 * 2 + 5)
+    assert seen == sorted(seen) and seen[-1] == (3 + 3 * 2 + 8, 3 + 3 * 2 + 8)
     assert tensors["scores"].shape == (2, 2) and "answer_tokens_right_found@0.5" in made
 
 

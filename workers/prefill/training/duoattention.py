@@ -13,6 +13,7 @@ from torch import Tensor
 from winnow.errors import ContextTooLong
 from winnow.workers.prefill.methods.duoattention import counted_layers, streaming_heads
 from winnow.workers.prefill.training import OnProgress, texts
+from winnow.workers.prefill.training.attention_entropy import attention_entropies
 from winnow.workers.prefill.training.mixed_heads import MixedHeads
 from winnow.workers.prefill.training.options import need, parse_options
 from winnow.workers.prefill.training.passkeys import Passkeys, passkey_prompts
@@ -21,7 +22,7 @@ from winnow.workers.prefill.training.state import TrainingState, pack, unpack
 if TYPE_CHECKING:
     from winnow.workers.model.loader import LoadedModel
 
-SPARSITIES = (0.25, 0.5)  # at which the found heads are measured
+SPARSITIES = (0.25, 0.5)  # at which the choices of heads are measured
 _METHOD = "duoattention"
 _SAVE_EVERY = 2
 
@@ -73,7 +74,8 @@ def calibrate(
 
     Returns:
         {"scores": [L, Hkv]} float32 in [0, 1], high = retrieval, and how they were made, with the share of answer tokens that
-        come out right on held-out prompts: dense, and with a quarter and a half of the heads streaming, found and random ones.
+        come out right on held-out prompts: dense, and with a quarter and a half of the heads streaming: those found, random
+        ones, and those whose attention has the highest entropy on the first prompts.
 
     Raises:
         InvalidRequest: an option. ContextTooLong: `tokens` beyond the model's context.
@@ -82,14 +84,13 @@ def calibrate(
     full attention, over the rows that predict answer tokens, plus l1 times the mean score; AdamW without weight decay, scores
     begin at 1 and are clamped to [0, 1]. Deviations: prompts are short and few, and so are the steps (published: 2000), and
     their full hidden states are computed once and kept; streaming is exact to the token, not to blocks of 128; layers with a
-    sliding window keep their heads as they are, unless every layer has one; what is found is measured beside random heads, not
-    beside those that the entropy of their attention would choose.
+    sliding window keep their heads as they are, unless every layer has one.
     """
     chosen = parse_options(_METHOD, Options, options)
     if chosen.tokens > model.spec.max_context:
         raise ContextTooLong(f"calibrate {_METHOD}: tokens is {chosen.tokens}, the model's context {model.spec.max_context}")
     state = TrainingState(_METHOD, model.fingerprint, chosen, seed)
-    n_measured = chosen.held_out * (1 + 2 * len(SPARSITIES))
+    n_measured = chosen.held_out * (2 + 3 * len(SPARSITIES))
     total = chosen.prompts + 3 * chosen.steps + n_measured
 
     def report(done: int) -> None:
@@ -111,7 +112,7 @@ def calibrate(
         "retrieval_heads": f"{int((scores > 0.5).sum())} of {scores.numel()} KV heads have a score above 0.5",
     }
     unseen = _prompts(model, chosen, chosen.held_out, seed, held_out=True)
-    made |= measure(model, mixed, unseen, scores, seed, lambda done: report(total - n_measured + done))
+    made |= measure(model, mixed, prompts, unseen, scores, seed, lambda done: report(total - n_measured + done))
     return {"scores": scores}, made
 
 
@@ -190,21 +191,31 @@ def _speed(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def measure(
-    model: LoadedModel, mixed: MixedHeads, prompts: list[Passkeys], scores: Tensor, seed: int, report: Callable[[int], None]
-) -> dict[str, str]:
-    """Share of answer tokens that are the most likely ones: dense, and with found and with random heads streaming."""
-    gen = torch.Generator().manual_seed(seed)
-    names = ["dense", *(f"{who}@{share}" for share in SPARSITIES for who in ("found", "random"))]
-    right, answers, done = dict.fromkeys(names, 0), 0, 0
-    for prompt in prompts:
-        ids = torch.tensor(prompt.ids, device=model.decoder.device)
+    model: LoadedModel, mixed: MixedHeads, seen: list[Passkeys], unseen: list[Passkeys], scores: Tensor, seed: int,
+    report: Callable[[int], None],
+) -> dict[str, str]:  # fmt: skip
+    """Share of answer tokens of unseen prompts that are the most likely ones: dense, and with some heads streaming: those found,
+    random ones, and those whose attention has the highest entropy on as many prompts that were seen. (A head that retrieves is
+    sharp where it does; letting the lowest entropy stream did worse than chance.)"""
+    gen, device, done = torch.Generator().manual_seed(seed), model.decoder.device, 0
+    entropies = torch.zeros(scores.shape)
+    for prompt in itertools.islice(itertools.cycle(seen), len(unseen)):
+        entropies += attention_entropies(model.decoder, torch.tensor(prompt.ids), _predicting(prompt))
+        done += 1
+        report(done)
+    right = dict.fromkeys(("dense", *(f"{who}@{share}" for share in SPARSITIES for who in ("found", "random", "entropy"))), 0)
+    answers = 0
+    for prompt in unseen:
+        ids = torch.tensor(prompt.ids, device=device)
         answers += len(ids) - prompt.answer
-        for name in names:
+        for name in right:
             mix = None
             if name != "dense":
                 who, share = name.split("@")
-                ranked = scores if who == "found" else torch.rand(scores.shape, generator=gen)
-                mix = (~streaming_heads(ranked, float(share), model.spec)).float().to(ids.device)
+                ranked = {"found": scores, "entropy": -entropies}.get(who)
+                if ranked is None:
+                    ranked = torch.rand(scores.shape, generator=gen)
+                mix = (~streaming_heads(ranked, float(share), model.spec)).float().to(device)
             logits = model.decoder.logits(mixed.hidden(ids, _predicting(prompt), mix))
             right[name] += int((logits.argmax(-1) == ids[prompt.answer :]).sum())
             done += 1
