@@ -63,7 +63,7 @@ RECALL = 0.95
 LADDERS: dict[str, tuple[str, ...]] = {  # the most promising first: where time runs out, the last are left out
     "recall": ("recall:recall=0.95", "recall:recall=0.96", "recall:recall=0.97"),
     "xattention": tuple(f"xattention:threshold={x}" for x in (0.9, 0.91, 0.93, 0.95)),
-    "flashprefill": tuple(f"flashprefill:alpha={x}" for x in (0.1, 0.03, 0.01, 0.004, 0.002)),
+    "flashprefill": tuple(f"flashprefill:alpha={x}" for x in (0.01, 0.004, 0.002, 0.001)),
     "minference": tuple(f"minference:vertical_tokens=1000,slash_tokens={x}" for x in (800, 6096, 16000)),
     "flexprefill": tuple(f"flexprefill:gamma={x}" for x in (0.9, 0.95, 0.98)),
     "prism": tuple(f"prism:threshold={x}" for x in (0.9, 0.95, 0.98)),
@@ -192,11 +192,13 @@ def main() -> None:
             ids = torch.randint(0, spec.vocab_size, (n + 1,), generator=generator).tolist()
             bank = draws(n)
             repeats = 2 if i else 3
-            wanted = [(f"ttft/{n}/{name}", name, config) for name in names]
-            for chunk in map(int, filter(None, options.chunks.split(","))):
+            chunks = [int(x) for x in options.chunks.split(",") if x] if n == max(lengths) else []
+            wanted = [(f"ttft/{n}/{names[0]}", names[0], config)]
+            for chunk in chunks:
                 what = f"chunk-{chunk}" if chunk else "one-piece"
                 other = config.model_copy(update={"sparse_chunk_tokens": chunk or ONE_PIECE})
-                wanted += [(f"ttft/{n}/{names[0]}/{what}", names[0], other)] if n == max(lengths) else []
+                wanted.append((f"ttft/{n}/{names[0]}/{what}", names[0], other))
+            wanted += [(f"ttft/{n}/{name}", name, config) for name in names[1:]]
             with structured(model.decoder, bank):
                 control, _ = seconds_of(engine, store, ids, dense, repeats)
                 print(f"{n}: dense {[round(x, 3) for x in control]} s", flush=True)
