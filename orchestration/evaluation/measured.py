@@ -62,10 +62,10 @@ class MeasuredBackend(PrefillBackend):
 
     recorder: Recorder = field(default_factory=lambda: Recorder(0))
 
-    def _plan(self, layer: LayerSpec, method: PrefillMethod, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
+    def _plan(self, layer: LayerSpec, method: PrefillMethod, n: int, q: Tensor, k: Tensor, raw: RawQK) -> TilePlan | None:
         """See `PrefillBackend`. Mutates the recorder."""
         began = _now(q.device)
-        plan = super()._plan(layer, method, q, k, raw)
+        plan = super()._plan(layer, method, n, q, k, raw)
         self._log(layer).select_s += _now(q.device) - began
         return plan
 
