@@ -113,7 +113,7 @@ def needle_map(records: Sequence[Record], methods: Sequence[str], task: str) -> 
     asked = sorted({r["asked_depth"] for r in mine if r["asked_depth"] is not None})
     drawn = any(r["asked_depth"] is None for r in mine)
     edges = [bin_ / _DEPTH_BINS for bin_ in range(_DEPTH_BINS)]
-    names = [f"{edge:.0%} to {edge + 1 / _DEPTH_BINS:.0%}" for edge in edges] if drawn else [f"{depth:.0%}" for depth in asked]
+    names = [f"{edge:.0%} to {edge + 1 / _DEPTH_BINS:.0%}" for edge in edges] if drawn else [_depth_name(d, mine) for d in asked]
     columns = min(len(methods), 4)
     lines = math.ceil(len(methods) / columns)
     width = max(1.5, 0.55 * len(lengths))
@@ -145,6 +145,12 @@ def needle_map(records: Sequence[Record], methods: Sequence[str], task: str) -> 
     return figure
 
 
+def _depth_name(asked: float, records: Sequence[Record]) -> str:
+    """The depth asked for, and the real one where that is another."""
+    real = float(np.mean([record["depth"] for record in records if record["asked_depth"] == asked]))
+    return f"{asked:.0%}" if abs(real - asked) <= 0.03 else f"{asked:.0%} (at {real:.0%})"
+
+
 def _heat(axis: Axes, values: NDArray[np.float64], low: float = 0.0) -> Any:
     """Cells without a value stay hatched."""
     axis.set_facecolor("white")
@@ -171,7 +177,7 @@ def frontier(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
     handles: dict[str, Any] = {}
     ranges = {(row.method, row.length): row.time_range or (1.0, 1.0) for row in rows}
     for axis, length in zip(axes.flat, lengths, strict=False):
-        points = [(row.time_ratio, _quality(row, answered), row.method) for row in rows if row.length == length]
+        points = [(row.time_ratio, row.quality, row.method) for row in rows if row.length == length]
         known = [(x, y, method) for x, y, method in points if x is not None and y is not None]
         best = [(x, y) for x, y, _ in known if not any(_beats(other, (x, y)) for other in known)]
         axis.step(*zip(*sorted(set(best)), strict=True), where="post", color="#BBBBBB", linewidth=1.5, zorder=1)
@@ -191,14 +197,9 @@ def frontier(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(lengths) :]:
         axis.set_visible(False)
-    times = [1.0, *(row.time_ratio for row in rows if row.time_ratio is not None)]
-    margin = max(0.2, 0.1 * (max(times) - min(times)))  # a few percent must not look like much
-    axes.flat[0].set_xlim(max(0.0, min(times) - margin), max(times) + margin)
-    if answered:
-        least = min(row.score for row in rows if row.score is not None)
-        axes.flat[0].set_ylim(math.floor(10 * min(least, 0.7)) / 10 - 0.03, 1.03)  # a few percent must not look like much
+    _limits(axes.flat[0], [time for row in rows for time in (row.time_range or (1.0,))], [row.quality or 0.0 for row in rows])
     for line in axes:
-        line[0].set_ylabel("mean score" if answered else "1 / perplexity")
+        line[0].set_ylabel("mean score / dense's" if answered else "dense's perplexity / its own")
     shown = [method for method in methods if method in handles]
     figure.legend(
         [handles[m] for m in shown], [title_of(m) for m in shown], loc="outside lower center", ncols=per_line, frameon=False
@@ -206,10 +207,19 @@ def frontier(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
     return figure
 
 
-def _quality(row: Row, answered: bool) -> float | None:
-    if answered:
-        return row.score
-    return sum(row.by_task.values()) / len(row.by_task) if row.by_task else None
+def _limits(axis: Axes, times: Sequence[float], qualities: Sequence[float]) -> None:
+    """Every bar and point within the axes, and a few percent not so large that they look like much."""
+    fastest, slowest = min(1.0, *times), max(1.0, *times)
+    if slowest > 4.0:  # else one slow method leaves the others no room
+        axis.set_xscale("log")
+        axis.set_xlim(0.85 * fastest, 1.15 * slowest)
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if fastest <= tick <= slowest]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    else:
+        margin = max(0.2, 0.1 * (slowest - fastest))
+        axis.set_xlim(max(0.0, fastest - margin), slowest + margin)
+    axis.set_ylim(math.floor(10 * min(*qualities, 0.7)) / 10 - 0.03, max(1.0, *qualities) + 0.03)
 
 
 def _beats(other: tuple[float, float, str], point: tuple[float, float]) -> bool:

@@ -58,13 +58,12 @@ dt { font-weight: 600; overflow-wrap: anywhere } dd { margin: 0 0 .3rem 1.2rem }
 """
 
 
-def write_report(folder: Path, environment: dict[str, str], records: Sequence[Record], command: str = "") -> tuple[Path, Path]:
+def write_report(folder: Path, environment: dict[str, str], records: Sequence[Record]) -> tuple[Path, Path]:
     """Write results.json and report.html into `folder`, each whole or not at all, replacing older ones.
 
     Args:
         environment: as the journal's.
         records: those that count, `Journal.latest`.
-        command: what was typed to make them, for the page to say.
 
     Raises:
         InvalidRequest: no cell is finished, or the folder cannot be written.
@@ -74,8 +73,8 @@ def write_report(folder: Path, environment: dict[str, str], records: Sequence[Re
         raise InvalidRequest("report: no cell is finished yet; run the evaluation first")
     rows = summarise(records)
     cells = [{**record, "measured": _without_map(record)} for record in records]
-    data = {"format": 1, "environment": environment, "command": command, "rows": [asdict(row) for row in rows], "cells": cells}
-    page = html_report(environment, records, rows, command)
+    data = {"format": 2, "environment": environment, "rows": [asdict(row) for row in rows], "cells": cells}
+    page = html_report(environment, records, rows)
     try:
         return (
             write_atomic(folder / RESULTS, json.dumps(data, indent=1, ensure_ascii=False) + "\n"),
@@ -93,7 +92,7 @@ def _without_map(record: Record) -> Record | None:
     return None if measured is None else {name: value for name, value in measured.items() if name != "map"}
 
 
-def html_report(environment: dict[str, str], records: Sequence[Record], rows: Sequence[Row], command: str) -> str:
+def html_report(environment: dict[str, str], records: Sequence[Record], rows: Sequence[Row]) -> str:
     """The page: what was measured and the answer first, then every figure, then the pictures."""
     methods = [method for method in methods_of(records) if any(row.method == method and not row.unsupported for row in rows)]
     model = text(environment.get("model", ""))
@@ -106,9 +105,9 @@ def html_report(environment: dict[str, str], records: Sequence[Record], rows: Se
         f"method keeps of dense's quality, and of its time, in {text(environment.get('dtype', '?'))} on "
         f"{text(environment.get('device', '?'))}.</p>",
         answer(rows),
-        setup(environment, records, command),
+        setup(environment, records),
         "<h2>Every method beside dense</h2>",
-        '<p class="quiet">Best score first; of equal ones the faster first.</p>',
+        f'<p class="quiet">{_order(rows)}</p>',
         main_table(rows),
         glossary(records),
         "<h2>Scores by task</h2>",
@@ -119,14 +118,19 @@ def html_report(environment: dict[str, str], records: Sequence[Record], rows: Se
             figures.frontier([row for row in rows if not row.unsupported], methods),
             "Up is better, left is faster: a point left of the dotted line is faster than dense. Bars run from the least to the "
             "greatest time of a prompt. The grey line joins what nothing else beats in both.",
-            "Mean score of each method against its prefill time over dense",
+            "Quality of each method, as a share of dense's, against its prefill time over dense",
         ),
         *_needles(records, methods),
         *_heads(records, methods),
-        *_maps(records, methods),
+        *_maps(records, methods, int(environment.get("tail_tokens", 0))),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _order(rows: Sequence[Row]) -> str:
+    first = "The best score over dense's" if any(row.score is not None for row in rows) else "The lowest perplexity over dense's"
+    return f"{first} on the same prompts first; of equal ones the faster first."
 
 
 def _needles(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]:
@@ -138,6 +142,11 @@ def _needles(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]
             f"Mean score of {task} by prompt length (left to right) and by where in the prompt the evidence begins (0% = at its "
             "start, top). Bright is found, dark is missed; a hatched cell had no prompt."
         )
+        if all(r["asked_depth"] is not None for r in records if r["task"] == task and r["depth"] is not None):
+            caption += (
+                " Depths are those asked for; evidence goes where a sentence or an entry begins, and where that is on average "
+                "more than 3% of the prompt off, both are named."
+            )
         yield _figure(figures.needle_map(records, methods, task), caption, f"Heat map of {task}: depth against length")
 
 
@@ -162,7 +171,7 @@ def _heads(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]:
         yield from drawn
 
 
-def _maps(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]:
+def _maps(records: Sequence[Record], methods: Sequence[str], tail: int) -> Iterator[str]:
     drawn = []
     for method in methods:
         mine = [
@@ -179,11 +188,13 @@ def _maps(records: Sequence[Record], methods: Sequence[str]) -> Iterator[str]:
                 _figure(figures.attention_picture(picture, method), caption, f"Attention map of {method} with what it reads")
             )
     if drawn:
+        end = f" The last {tail:,} rows are dense under every method." if tail else ""
         yield "<h2>One head's attention, and what is read of it</h2>"
         yield (
             f"<p>Layer {picture.layer}, query head {picture.head}, {text(record['task'])}. A row is a query, a column is a key, "
-            "and blue is the exact attention mass between them: the darker, the more. What a method reads is tinted and framed "
-            "in orange; blue outside of it is lost. Grey is the future, which nobody reads.</p>"
+            "and blue is the exact attention mass between them: the darker, the more. What a method reads is tinted orange, and "
+            "a line runs between that and what it leaves out; blue without a tint is lost. A cell of which only a part is "
+            f"read is tinted too. Grey is the future, which nobody reads.{end}</p>"
         )
         yield f'<div class="side">{"".join(drawn)}</div>'
 

@@ -115,6 +115,7 @@ class Evaluation:
         share: (i, n): of the grid's prompts, ordered by seed, the i-th and every n-th after it. Several processes evaluate a grid
             between them, each in a folder of its own; all seeds of a length and task are spread over them.
         is_timed: False = nobody will look at times (several processes use one device, say): nothing is run twice to warm up.
+        command: what was typed, kept with each cell.
 
     Raises:
         UnknownName: no such method or task. InvalidRequest: a wrong parameter, or a length too short for a task.
@@ -127,6 +128,7 @@ class Evaluation:
     on_cell: Callable[[Record], None] = lambda record: None
     share: tuple[int, int] = (0, 1)
     is_timed: bool = True
+    command: str = ""
     _warm: set[tuple[str, int]] = field(default_factory=set)
     _run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])  # times of one run are compared with each other only
 
@@ -226,8 +228,7 @@ class Evaluation:
         seen = ("", 0) if on_cpu else (entrant.label, cell.length)
         if seen not in self._warm:
             self._warm.add(seen)
-            short = dataclasses.replace(prompt, token_ids=prompt.token_ids[:256]) if on_cpu else prompt
-            next_logits(self.model, short, self.grid.chunk_tokens, self.grid.tail_tokens, entrant.method)
+            next_logits(self.model, prompt, self.grid.chunk_tokens, self.grid.tail_tokens, entrant.method)
 
     def _entrants(self) -> Iterator[Entrant]:
         labels = [MethodChoice(*parse_spec(text)).spec for text in self.grid.methods]
@@ -278,7 +279,7 @@ class Evaluation:
         return {
             "key": key, "method": entrant.label, "method_id": entrant.method_id, "task": cell.label, "length": cell.length,
             "seed": cell.seed, "asked_depth": cell.asked_depth, "depth": prompt.depth,
-            "commit": commit(), "run": self._run_id,
+            "commit": commit(), "command": self.command, "run": self._run_id,
         }  # fmt: skip
 
 

@@ -17,12 +17,15 @@ class Row:
     """One method at one length. None stands for what was not measured.
 
     Attributes:
-        prompts: prompts it was run on; unsupported: why it could not run (then nothing else is set).
+        prompts: prompts it was run on, measured: those of them on which attention was measured; unsupported: why it could not
+            run (then nothing else is set).
         score: mean over the tasks that are answered, each task's mean counting once; dense_score: of dense on the same prompts.
+        perplexity_ratio: perplexity over dense's on the same prompts, all likelihood tasks together; 1 = dense's.
         by_task: mean score of each task; of likelihood tasks the geometric mean, 1 / perplexity.
         same_answer: share of prompts whose answer is dense's, word for word.
         kl: mean KL divergence of the next-token distribution from dense's, nats; kl_max the largest.
-        density, recall_mean, recall_p5, recall_min, oracle_ratio, eps: means over measured prompts, recall_min the least.
+        density: mean over the prompts; measured_density: over those measured, which stands beside their recall.
+        recall_mean, recall_p5, recall_min, oracle_ratio, eps: means over measured prompts, recall_min the least.
         prefill_s: median seconds to the first token, prefill_range the least and the greatest.
         time_ratio: median of its ratio to dense's on the same prompt, time_range the least and the greatest.
         select_ratio, attend_ratio: seconds of selection and of attention over dense's attention, on measured prompts.
@@ -31,14 +34,17 @@ class Row:
     method: str
     length: int
     prompts: int
+    measured: int = 0
     unsupported: str = ""
     score: float | None = None
     dense_score: float | None = None
+    perplexity_ratio: float | None = None
     by_task: dict[str, float] = field(default_factory=dict)
     same_answer: float | None = None
     kl: float | None = None
     kl_max: float | None = None
     density: float | None = None
+    measured_density: float | None = None
     recall_mean: float | None = None
     recall_p5: float | None = None
     recall_min: float | None = None
@@ -50,6 +56,14 @@ class Row:
     time_range: tuple[float, float] | None = None
     select_ratio: float | None = None
     attend_ratio: float | None = None
+
+    @property
+    def quality(self) -> float | None:
+        """Of dense's on the same prompts, which are not everybody's: its score, without answers its likelihood; of a score of 0
+        no share can be kept, and the score itself stands for it."""
+        if self.score is not None:
+            return self.score / self.dense_score if self.dense_score else self.score
+        return 1 / self.perplexity_ratio if self.perplexity_ratio else None
 
 
 Place = tuple[str, int, int, float | None]
@@ -89,10 +103,10 @@ def ratio(value: float | None, control: float | None) -> float | None:
 
 
 def ranked(rows: Iterable[Row]) -> list[Row]:
-    """Dense first, then the best score first, the faster of two that are equal; what could not run last."""
+    """Dense first, then the best quality first, the faster of two that are equal; what could not run last."""
 
     def order(row: Row) -> tuple[bool, bool, float, float]:
-        return row.method != CONTROL, bool(row.unsupported), -(row.score or 0.0), row.time_ratio or 0.0
+        return row.method != CONTROL, bool(row.unsupported), -(row.quality or 0.0), row.time_ratio or 0.0
 
     return sorted(rows, key=order)
 
@@ -151,6 +165,7 @@ def _row(method: str, length: int, all_records: Sequence[Record], dense: dict[Pl
     def share(name: str) -> float | None:
         return sum(sum(own[name]) for own, _ in at_once) / dense_attend_s if at_once else None
 
+    likely = [(r["score"], c["score"]) for r, c in pairs if not r["generates"]]
     times = [record["prefill_s"] for record in records]
     ratios = [record["prefill_s"] / record["dense_s"] for record in records]
     same = [record["same_answer"] for record in records if record["same_answer"] is not None]
@@ -158,13 +173,16 @@ def _row(method: str, length: int, all_records: Sequence[Record], dense: dict[Pl
         method,
         length,
         len(records),
+        measured=len(measured),
         score=_mean_score(records),
         dense_score=_mean_score(controls),
+        perplexity_ratio=_geometric([c for _, c in likely]) / _geometric([own for own, _ in likely]) if likely else None,
         by_task=_by_task(records),
         same_answer=statistics.fmean(same) if same else None,
         kl=statistics.fmean(record["kl"] for record in records),
         kl_max=max(record["kl"] for record in records),
         density=statistics.fmean(record["density"] for record in records),
+        measured_density=mean("density"),
         recall_mean=mean("recall_mean"),
         recall_p5=mean("recall_p5"),
         recall_min=mean("recall_min", min),

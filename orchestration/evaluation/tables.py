@@ -18,15 +18,20 @@ from winnow.workers.prefill.base import prefill_methods
 _TERMS = {
     "score": "mean over the tasks that are answered, 0 to 1; every task counts once. Perplexity is not part of it.",
     "same answer": "share of prompts whose answer is dense attention's, word for word.",
+    "perplexity / dense": "over all likelihood tasks, on the same prompts; 1 is dense's, above is worse.",
     "KL": "Kullback-Leibler divergence of the next-token distribution at the prompt's end from dense attention's, in nats, "
-    "mean over prompts.",
-    "density": "(query, key) pairs read over causal pairs, all layers and heads. Dense reads 1.",
+    "mean over prompts. A method that reads everything may show a few thousandths, by rounding in another order. The prompt's "
+    "last tokens are dense under every method, as served, and their rows decide the next token: see the dense end above.",
+    "density": "(query, key) pairs read over causal pairs, all layers and heads, of the prompts measured. Dense reads 1.",
     "recall": "share of a query row's exact attention mass on the keys that are read: mean, 5th percentile (mean over prompts) "
     "and least of all rows sampled, over layers and heads. What a method estimates of the rest does not count.",
-    "R / oracle": "recall over the most that as many key tiles can hold; 1 = no better choice of tiles exists.",
+    "R / oracle": "recall over the most that as many key tiles can hold. The oracle chooses for each row by itself, methods for "
+    "whole tiles of rows, so 1 may be out of reach.",
     "error": "of the attention output: length of the difference from exact attention over the exact output's length.",
     "prefill": "median seconds from the prompt to the next token's scores; / dense: median ratio to dense on the same prompt.",
     "select, attend": "seconds of choosing keys and of attention itself over dense's attention on the same prompts.",
+    "prompts, measured": "how many the method was run on, and on how many of them attention was measured row by row: density to "
+    "error, select and attend are of these.",
 }
 
 
@@ -42,8 +47,9 @@ _COLUMNS = (
     _Column("quality", "score", lambda row: row.score, ".3f"),
     _Column("quality", "score\n/ dense", lambda row: ratio(row.score, row.dense_score), ".3f"),
     _Column("quality", "same\nanswer", lambda row: row.same_answer, ".0%"),
+    _Column("quality", "perplexity\n/ dense", lambda row: row.perplexity_ratio, ".3f"),
     _Column("quality", "KL,\nnats", lambda row: row.kl, kl_text),
-    _Column("attention", "density", lambda row: row.density, ".3f"),
+    _Column("attention", "density", lambda row: row.density if row.measured_density is None else row.measured_density, ".3f"),
     _Column("attention", "recall\nmean", lambda row: row.recall_mean, ".4f"),
     _Column("attention", "recall\np5", lambda row: row.recall_p5, ".3f"),
     _Column("attention", "recall\nmin", lambda row: row.recall_min, ".3f"),
@@ -99,17 +105,21 @@ def _dense_times(controls: Iterable[Row]) -> str:
     """Dense's times, which say how much a time can be trusted, and a warning where that is little."""
     known = [(row.length, row.prefill_s, *row.prefill_range) for row in controls if row.prefill_s and row.prefill_range]
     told = "; ".join(f"{s:.3g} s ({low:.3g} to {high:.3g}) at {length:,} tokens" for length, s, low, high in known)
-    busy = " Dense's times differ, so something else used the machine." if any(h > 1.2 * low for _, _, low, h in known) else ""
+    busy = (
+        " Dense's times differ by more than a fifth: perhaps something else used the machine."
+        if any(h > 1.2 * low for _, _, low, h in known)
+        else ""
+    )
     fewest = min(row.prompts for row in controls)
     few = f" With so few prompts a length ({fewest}) these are first impressions: --seeds gives more." if fewest < 10 else ""
     return f"Dense took {told}.{busy}{few}"
 
 
-def setup(environment: dict[str, str], records: Sequence[Record], command: str) -> str:
+def setup(environment: dict[str, str], records: Sequence[Record]) -> str:
     """What was measured, on what, with what, and how to do it again."""
     finished = [record for record in records if "unsupported" not in record]
     lengths = sorted({record["length"] for record in records})
-    commits = ", ".join(dict.fromkeys(record["commit"] for record in records if record.get("commit")))
+    commits = ", ".join(_said(records, "commit"))
     versions = (f"winnow {environment.get('winnow', '?')}", f"commit {commits}" if commits else "",
                 f"torch {environment.get('torch', '?')}", f"python {environment.get('python', '?')}")  # fmt: skip
     facts = {
@@ -118,12 +128,28 @@ def setup(environment: dict[str, str], records: Sequence[Record], command: str) 
         "lengths": ", ".join(f"{length:,}" for length in lengths) + " tokens",
         "methods": ", ".join(methods_of(records)),
         "tasks": "; ".join(_tasks(finished)),
+        "prefill": how_prefilled(environment),
         "versions": ", ".join(filter(None, versions)),
         "written": datetime.date.today().isoformat(),
     }
     listed = "".join(f"<dt>{name}</dt><dd>{text(fact)}</dd>" for name, fact in facts.items())
-    listed += f"<dt>command</dt><dd><code>{text(command)}</code></dd>" if command else ""
+    commands = _said(records, "command")
+    listed += (
+        f"<dt>command</dt><dd>{'<br>'.join(f'<code>{text(command)}</code>' for command in commands)}</dd>" if commands else ""
+    )
     return f'<h2>What was measured</h2><dl class="facts">{listed}</dl>'
+
+
+def how_prefilled(environment: dict[str, str]) -> str:
+    """What besides the method decides what is read and how long it takes."""
+    chunk, tail = (int(environment.get(name, 0)) for name in ("chunk_tokens", "tail_tokens"))
+    pieces = f"{chunk:,} tokens planned at a time" if chunk else "whole prompts planned at once"
+    end = f"the last {tail:,} tokens of a prompt are dense" if tail else "no dense end"
+    return f"{pieces}; {end}; the method in every layer, whether that pays or not (a server leaves those dense where it does not)"
+
+
+def _said(records: Sequence[Record], name: str) -> list[str]:
+    return list(dict.fromkeys(record[name] for record in records if record.get(name)))
 
 
 def _tasks(records: Sequence[Record]) -> Iterator[str]:
@@ -141,12 +167,13 @@ def main_table(rows: Sequence[Row]) -> str:
     over = "".join(f'<th scope="colgroup" colspan="{groups.count(g)}">{g}</th>' for g in dict.fromkeys(groups))
     heads = "".join(f'<th scope="col">{text(column.title).replace(chr(10), "<br>")}</th>' for column in _COLUMNS)
     lines = [f'{_SCROLLED}<table><thead><tr class="groups"><td></td>{over}<td></td></tr>'
-             f'<tr><th scope="col">method</th>{heads}<th scope="col">prompts</th></tr></thead>']  # fmt: skip
+             f'<tr><th scope="col">method</th>{heads}<th scope="col">prompts,<br>measured</th></tr></thead>']  # fmt: skip
 
     def cells(row: Row) -> str:
         if row.unsupported:
             return f'<td class="note" colspan="{len(_COLUMNS) + 1}">{text(row.unsupported)}</td>'
-        return "".join(f"<td>{_number(column.value(row), column.form)}</td>" for column in _COLUMNS) + f"<td>{row.prompts}</td>"
+        figures = "".join(f"<td>{_number(column.value(row), column.form)}</td>" for column in _COLUMNS)
+        return f"{figures}<td>{row.prompts}, {row.measured}</td>"
 
     return "".join([*lines, *_bodies(rows, len(_COLUMNS) + 2, cells), "</table></div>"])
 

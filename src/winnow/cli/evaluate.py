@@ -51,17 +51,24 @@ def evaluate(
     ] = "flexprefill",
     lengths: Annotated[str, typer.Option(help="Prompt tokens, exact.")] = "1024,2048",
     tasks: Annotated[
-        str, typer.Option(help="Tasks, NAME or NAME:key=value,... with commas between; all = every one.")
+        str,
+        typer.Option(
+            help="Tasks, NAME or NAME:key=value,... with commas between; all = every one: needle, multi-key, multi-value, "
+            "multi-query, key-value, tracking, common-words, frequent-words, questions, perplexity."
+        ),
     ] = "needle",
     seeds: Annotated[int, typer.Option(help="Prompts of each task and length.")] = 2,
     depths: Annotated[
         str, typer.Option(help="Put evidence at these shares of the prompt, e.g. 0,0.5,1 (default: one drawn for each seed).")
     ] = "",
     chunk: Annotated[
-        int | None, typer.Option(help="Tokens that a method plans at a time; 0 = the prompt in one pass (default: as served).")
+        int | None,
+        typer.Option(
+            help="Tokens that a method plans at a time; 0 = the prompt in one pass (default: prefill.sparse_chunk_tokens)."
+        ),
     ] = None,
     tail: Annotated[
-        int | None, typer.Option(help="Last tokens of a prompt that stay dense; 0 = none (default: as served).")
+        int | None, typer.Option(help="Last tokens of a prompt that stay dense; 0 = none (default: prefill.dense_tail_tokens).")
     ] = None,
     measured_seeds: Annotated[
         int, typer.Option(help="Seeds of which attention is measured layer by layer, in a second prefill.")
@@ -81,6 +88,7 @@ def evaluate(
     """Measure prefill methods beside dense attention: task scores, recall, density, KL, time. Stopped, it can be resumed.
 
     A cell is one method on one prompt. Each finished one is kept at once, and --resume goes on after it. Dense always takes part.
+    A method runs in every layer, also where a server would leave it dense because it does not pay there.
 
     Everything runs in this process, with real text from this Python's own documentation.
     """
@@ -90,6 +98,7 @@ def evaluate(
         from winnow.orchestration.evaluation.report import write_report
         from winnow.orchestration.evaluation.runner import Evaluation, Grid
         from winnow.orchestration.evaluation.summary import summarise
+        from winnow.orchestration.evaluation.tables import how_prefilled
         from winnow.orchestration.evaluation.task import tasks as known_tasks
         from winnow.workers.prefill.base import prefill_methods
         from winnow.workers.prefill.prompt import sparse_chunk_tokens
@@ -116,17 +125,17 @@ def evaluate(
             grid = replace(grid, chunk_tokens=sparse_chunk_tokens(serving, loaded.decoder.device))
         with _cells(shown=not as_json) as (on_progress, on_cell):
             try:
-                records = Evaluation(loaded, grid, on_progress, on_cell).run(out, resume=resume)
+                records = Evaluation(loaded, grid, on_progress, on_cell, command=_command()).run(out, resume=resume)
             except KeyboardInterrupt:
                 stderr.print("[yellow]finished cells are kept: the same command with --resume goes on[/]")
                 raise
         shared = environment(loaded, grid.chunk_tokens, grid.tail_tokens)
-        results, page = write_report(out, shared, records, shlex.join(["winnow", *sys.argv[1:]]))
+        results, page = write_report(out, shared, records)
         found = summarise(records)
         if as_json:
             print_json({"report": str(page), "results": str(results), "cells": len(records), "rows": found})
             return
-        _show(found)
+        _show(found, how_prefilled(shared))
         stdout.print(f"\nreport   {page}\nresults  {results}", markup=False, soft_wrap=True)
 
 
@@ -168,6 +177,11 @@ def capture(
             print_json({"path": str(path), "layers": chosen, "tokens": len(ids), "size_bytes": size})
             return
         stdout.print(f"{path}  ({len(chosen)} layers, {len(ids)} tokens, {bytes_text(size)})", markup=False, soft_wrap=True)
+
+
+def _command() -> str:
+    """What was typed; going on with it is not another command."""
+    return shlex.join(["winnow", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 def split_specs(option: str, text: str, names: Callable[[], list[str]]) -> tuple[str, ...]:
@@ -260,27 +274,39 @@ def _cell_line(record: Record) -> str:
     return f"{head}  {score}  density {record['density']:.2f}  prefill {record['prefill_s']:.2f} s"
 
 
-def _show(rows: list[Row]) -> None:
+def _show(rows: list[Row], how: str) -> None:
     """The chief figures and the answer, a table a length; the report has the rest."""
     from winnow.orchestration.evaluation.summary import CONTROL, fastest, kl_text, ranked, verdict
 
-    titles = ("score", "same", "KL", "recall", "density", "time")
     for length in sorted({row.length for row in rows}):
         mine = ranked(row for row in rows if row.length == length)
-        shown = table(f"\n{length:,} tokens, prompts a method: {mine[0].prompts}", "method", *titles, right=titles)
-        shown.columns[0].min_width = 28  # a method with its parameters must stay readable on a narrow screen
+        ran = [row for row in mine if not row.unsupported]
+        alike = len({row.prompts for row in ran}) == 1
+        columns: list[tuple[str, Callable[[Row], float | None], str | Callable[[float], str]]] = [
+            ("score", lambda row: row.score, ".3f"),
+            ("same", lambda row: row.same_answer, ".0%"),
+            ("ppl", lambda row: row.perplexity_ratio, ".3f"),
+            ("KL", lambda row: row.kl, kl_text),
+            ("recall", lambda row: row.recall_mean, ".4f"),
+            ("density", lambda row: row.density if row.measured_density is None else row.measured_density, ".3f"),
+            ("time", lambda row: row.time_ratio, ".2f"),
+        ]
+        if not alike:  # scores of different prompts say nothing beside each other
+            columns[:2] = [("/dense", lambda row: None if row.score is None else row.quality, ".3f")]
+            columns.append(("prompts", lambda row: row.prompts, ".0f"))
+        columns = [column for column in columns if any(column[1](row) is not None for row in ran)]
+        titles = tuple(title for title, _, _ in columns)
+        counted = f", prompts a method: {ran[0].prompts}" if alike else ""
+        shown = table(f"\n{length:,} tokens{counted}", "method", *titles, right=titles)
+        # a method with its parameters must stay readable on a screen of 80 columns, and all figures be there
+        shown.columns[0].min_width = 28 if len(columns) < 7 else 22
         for row in mine:
-            values = (
-                (row.score, ".3f"), (row.same_answer, ".0%"), (row.recall_mean, ".4f"), (row.density, ".3f"),
-                (row.time_ratio, ".2f"),
-            )  # fmt: skip
             name = (
                 escape(row.method)
                 + (" [dim](control)[/]" if row.method == CONTROL else "")
                 + (f"\n[yellow]{escape(row.unsupported)}[/]" if row.unsupported else "")
             )
-            texts = ["-" if value is None else format(value, form) for value, form in values]
-            shown.add_row(name, *texts[:2], "-" if row.kl is None else kl_text(row.kl), *texts[2:])
+            shown.add_row(name, *(_figure(value(row), form) if row in ran else "-" for _, value, form in columns))
         stdout.print(shown)
         answers = table("", "to keep at least", "fastest", "prefill time")
         for need, best in fastest(rows, length):
@@ -289,6 +315,11 @@ def _show(rows: list[Row]) -> None:
         if answers.row_count:
             stdout.print("", answers)
     stdout.print(
-        "\n[dim]same = answers equal to dense's, word for word; time = prefill time over dense's on the same prompts, median "
-        "(least to greatest): not told apart where that range holds 1, or where dense's own times lie further apart[/]"
+        "\n[dim]same = answers equal to dense's, word for word; ppl = perplexity over dense's; time = prefill time over dense's "
+        "on the same prompts, median (least to greatest): not told apart where that range holds 1, or where dense's own times "
+        f"lie further apart; {how}[/]"
     )
+
+
+def _figure(value: float | None, form: str | Callable[[float], str]) -> str:
+    return "-" if value is None else format(value, form) if isinstance(form, str) else form(value)

@@ -15,6 +15,7 @@ from winnow.cli import main
 from winnow.cli.evaluate import split_specs
 from winnow.errors import InvalidRequest
 from winnow.orchestration.evaluation.capture import load_capture
+from winnow.orchestration.evaluation.task import tasks
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +51,8 @@ def test_help_fits_a_terminal(command: str) -> None:
     done = winnow(command, "--help")
     assert done.returncode == 0 and "--model" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+    if command == "evaluate":
+        assert [name for name in tasks.names() if name not in done.stdout] == []
 
 
 def test_a_run_writes_a_report_and_can_be_added_to(tiny_folder: Path, tmp_path: Path) -> None:
@@ -71,6 +74,10 @@ def test_a_run_writes_a_report_and_can_be_added_to(tiny_folder: Path, tmp_path: 
     again = evaluate(tiny_folder, out, "--tasks", "needle,perplexity", "--json", "--resume")
     assert (json.loads(again.stdout)["cells"], again.stderr) == (4, "")
     assert [row["method"] for row in json.loads(again.stdout)["rows"]] == ["dense", "flexprefill:block=32,min_budget=64"]
+    more = evaluate(tiny_folder, out, "--tasks", "needle", "--seeds", "2", "--methods", "dense", "--resume").stdout
+    head = next(line for line in more.splitlines() if line.startswith("method"))
+    assert head.split() == ["method", "/dense", "ppl", "KL", "recall", "density", "time", "prompts"] and len(head) <= 80
+    assert "500 tokens planned at a time" not in more and "4,096 tokens planned at a time" in more
 
 
 def test_wrong_input_is_one_line_with_its_option_and_a_documented_exit_code(tiny_folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from winnow.orchestration.evaluation.maps import AttentionMap
 from winnow.orchestration.evaluation.report import write_report
 from winnow.orchestration.evaluation.runner import Evaluation, Grid
 from winnow.orchestration.evaluation.summary import Row, fastest, kl_text, ranked, summarise, verdict
-from winnow.orchestration.evaluation.tables import answer
+from winnow.orchestration.evaluation.tables import answer, how_prefilled, setup
 from winnow.workers.model.loader import LoadedModel
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def records(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     grid = Grid(FLEX, (500, 700), ("needle", "key-value", "perplexity"), seeds=2, n_rows=8)
-    found = Evaluation(tiny, grid).run(tmp_path_factory.mktemp("cells"))
+    found = Evaluation(tiny, grid, command=COMMAND).run(tmp_path_factory.mktemp("cells"))
     refused = [
         {"key": f"{r['key']}x", "method": "<odd> & refused", "unsupported": "not < 3 & \"quoted\"",
          **{name: r[name] for name in ("task", "length", "seed", "asked_depth", "depth")}}
@@ -77,7 +77,7 @@ def records(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture(scope="module")
 def written(tiny: LoadedModel, records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_report(tmp_path_factory.mktemp("report"), environment(tiny, 128, 64), records, COMMAND)
+    return write_report(tmp_path_factory.mktemp("report"), environment(tiny, 128, 64), records)
 
 
 def test_the_page_is_html_that_names_every_method_and_reason(written: tuple[Path, Path]) -> None:
@@ -157,8 +157,8 @@ def test_times_that_cannot_be_told_apart_are_not() -> None:
 def test_what_dense_itself_does_not_repeat_is_no_difference() -> None:
     busy = dense_row(slowest=1.3)  # as far apart as 0.8 and 1 are, and further
     assert [verdict(row_of("m", time), busy)[0] for time in (0.7, 0.8, 1.2, 1.5)] == ["m", "dense or m", "dense or m", "dense"]
-    assert "something else used the machine" in answer([busy, row_of("m", 0.8, score=0.8)])
-    assert "something else used the machine" not in answer([dense_row(), row_of("m", 0.8, score=0.8)])
+    assert "perhaps something else used the machine" in answer([busy, row_of("m", 0.8, score=0.8)])
+    assert "perhaps something else used the machine" not in answer([dense_row(), row_of("m", 0.8, score=0.8)])
 
 
 def test_a_small_divergence_is_not_shown_as_none() -> None:
@@ -212,7 +212,7 @@ def test_a_heat_map_has_no_panel_for_a_method_that_was_not_given_the_task(record
 
 def test_json_holds_the_rows_and_the_cells(written: tuple[Path, Path], records: list[Record], tiny: LoadedModel) -> None:
     data = json.loads(written[0].read_text())
-    assert (data["environment"], data["command"]) == (environment(tiny, 128, 64), COMMAND)
+    assert data["environment"] == environment(tiny, 128, 64)
     assert [(row["method"], row["length"]) for row in data["rows"]] == [
         (method, length) for length in (500, 700) for method in ("dense", *FLEX, "<odd> & refused")
     ]
@@ -294,3 +294,61 @@ def test_a_whole_map_has_no_outline_and_a_sparse_one_has() -> None:
 def test_titles_break_where_a_spec_does() -> None:
     assert figures.title_of("dense") == "dense"
     assert figures.title_of("flexprefill:gamma=0.95,tau=0.2", 20) == "flexprefill:\ngamma=0.95,tau=0.2"
+
+
+def test_the_page_says_how_prompts_were_prefilled(written: tuple[Path, Path]) -> None:
+    text = " ".join(Page(written[1].read_text()).texts)
+    assert "128 tokens planned at a time; the last 64 tokens of a prompt are dense; the method in every layer" in text
+    assert "The last 64 rows are dense under every method." in text
+    assert how_prefilled({"chunk_tokens": "0", "tail_tokens": "0"}).startswith("whole prompts planned at once; no dense end;")
+
+
+def test_every_command_that_made_a_cell_is_named_once(records: list[Record], tiny: LoadedModel) -> None:
+    some = [{**record, "command": "winnow evaluate <first>"} if record["seed"] == 0 else record for record in records]
+    told = setup(environment(tiny, 0, 0), some)
+    assert [told.count(f"<code>{html.escape(command)}</code>") for command in ("winnow evaluate <first>", COMMAND)] == [1, 1]
+
+
+def test_quality_is_over_denses_on_the_same_prompts() -> None:
+    """One prompt that dense and a method both answer does not put it before one that keeps most of many."""
+    few, many = row_of("few", score=0.9), row_of("many", score=0.8)
+    few = replace(few, dense_score=1.0)
+    assert [row.method for row in ranked([dense_row(), few, many])] == ["dense", "many", "few"]
+    likely = [Row(name, 500, 4, perplexity_ratio=value, time_ratio=1.0) for name, value in (("worse", 1.3), ("better", 1.1))]
+    assert [row.method for row in ranked(likely)] == ["better", "worse"]
+    assert likely[0].quality == pytest.approx(1 / 1.3) and replace(few, dense_score=0.0).quality == 0.9
+
+
+def test_perplexity_is_over_denses_on_the_same_prompts_and_density_beside_recall_is_of_those_measured(
+    records: list[Record],
+) -> None:
+    for row in summarise(records):
+        mine, controls = (
+            [r for r in records if (r["method"], r["length"]) == (name, row.length) and "unsupported" not in r]
+            for name in (row.method, "dense")
+        )
+        if row.unsupported:
+            assert (row.perplexity_ratio, row.measured, row.measured_density) == (None, 0, None)
+            continue
+        own, dense = (np.mean([np.log(r["score"]) for r in some if r["task"] == "perplexity"]) for some in (mine, controls))
+        assert row.perplexity_ratio == pytest.approx(float(np.exp(dense - own)))
+        measured = [r["measured"]["overall"]["density"] for r in mine if r["measured"]]
+        assert row.measured == len(measured) == 3
+        assert row.measured_density == pytest.approx(np.mean(measured))
+
+
+def test_a_depth_that_was_not_reached_is_named_beside_the_one_asked_for() -> None:
+    record = {"task": "needle", "method": "dense", "length": 500, "score": 1.0}
+    some = [{**record, "asked_depth": asked, "depth": depth} for asked, depth in ((0.0, 0.02), (0.5, 0.31), (0.5, 0.33))]
+    figure = figures.needle_map(some, ["dense"], "needle")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0%", "50% (at 32%)"]
+
+
+@pytest.mark.parametrize("slowest", [1.4, 12.0])
+def test_every_bar_lies_within_the_axes(slowest: float) -> None:
+    rows = [dense_row(), row_of("quick", 0.6, score=0.5), replace(row_of("slow", 1.2, score=0.9), time_range=(0.9, slowest))]
+    axis = figures.frontier(rows, [row.method for row in rows]).axes[0]
+    low, high = axis.get_xlim()
+    assert low < 0.5 and high > slowest and axis.get_xscale() == ("log" if slowest > 4 else "linear")
+    bottom, top = axis.get_ylim()
+    assert bottom < 0.5 / 0.8 and top > 0.9 / 0.8
