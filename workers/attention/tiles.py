@@ -6,6 +6,7 @@ N query rows, M >= N keys, right-aligned: row i sits at position p = i + (M - N)
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -72,7 +73,7 @@ class TileLists:
             mask: [..., C] bool, any device; leading axes are flattened into rows.
             compact: cut `ids` to its exact length, which waits for the device; default: only on the CPU.
         """
-        flat = mask.reshape(-1, mask.shape[-1])
+        flat = _rows(mask)
         offsets = _offsets(flat)
         if _compacts(flat, compact):
             return cls(offsets, _kernels().compact_rows(flat, None, offsets))
@@ -88,7 +89,7 @@ class TileLists:
             valid: [..., K] bool, what to take; None = all.
             compact: as `from_mask`.
         """
-        flat = ids.reshape(-1, ids.shape[-1])
+        flat = _rows(ids)
         if valid is None:
             rows, width = flat.shape
             return cls(torch.arange(rows + 1, device=ids.device) * width, flat.reshape(-1).to(torch.int32))
@@ -134,6 +135,11 @@ class TileLists:
         at = self.row_of_ids() * columns + self.ids.clamp(0, columns - 1)
         mask = torch.zeros((self.n_rows + 1) * columns, dtype=torch.bool, device=self.ids.device)
         return mask.scatter_(0, at, True).view(-1, columns)[:-1]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] -> [rows, n], where n may be 0: reshape cannot tell the rows of nothing."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _offsets(chosen: Tensor) -> Tensor:

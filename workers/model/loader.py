@@ -113,7 +113,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
     if dtype == "auto":
         return auto_dtype(_device(device))
     if dtype not in DTYPES:
-        raise InvalidRequest(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+        raise InvalidRequest(f"--dtype (model.dtype): must be auto, fp32, fp16 or bf16, got {dtype!r:.40}")
     return dtype
 
 
@@ -229,11 +229,12 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InvalidRequest(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+        raise InvalidRequest(f"--device (model.device): must be auto, cpu, cuda or cuda:N, got {name!r:.40}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+        count = torch.cuda.device_count()
+        raise InvalidRequest(f"--device (model.device): no {name} here, this machine has {count} CUDA devices; use cpu or auto")
     if device.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise InvalidRequest(f"--device (model.device): must be auto, cpu, cuda or cuda:N, got {name!r:.40}")
     return device
 
 

@@ -67,7 +67,7 @@ def recent_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Ten
     Returns:
         vertical [B, Hq, M], by key j, and slash [B, Hq, M], by distance p - j; float32, each sums to 1.
 
-    Holds at most about `SLAB_BYTES` of probabilities at once.
+    Holds at most about `SLAB_BYTES` at once, or what one head takes: 16 b (b + M) bytes.
     """
     batch, hq, b, d = probe.shape
     fast = score_kernels(probe, layer) if b <= 256 else None
@@ -77,11 +77,12 @@ def recent_mass(probe: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Ten
     hkv, m = k.shape[1], k.shape[2]
     group = hq // hkv
     future = torch.ones(b, b, dtype=torch.bool, device=k.device).triu(1)
-    width = max(1, int(SLAB_BYTES / (8 * batch * group * b * (b + m))))
+    fit = max(1, int(SLAB_BYTES / (16 * batch * b * (b + m))))  # query heads at once; whole groups, or a part that divides one
+    width = fit // group * group or next(part for part in range(min(fit, group), 0, -1) if group % part == 0)
     verticals, slashes = [], []
-    for first in range(0, hkv, width):
-        keys = k[:, first : first + width]
-        rows = probe[:, first * group : (first + width) * group].reshape(batch, keys.shape[1], group * b, d)
+    for first in range(0, hq, width):
+        keys = k[:, first // group : -(-(first + width) // group)]
+        rows = probe[:, first : first + width].reshape(batch, keys.shape[1], -1, d)
         logits = logits_of(rows, keys, layer).view(batch, -1, b, m)
         logits[..., m - b :].masked_fill_(future, -torch.inf)
         weights = torch.softmax(logits, -1)

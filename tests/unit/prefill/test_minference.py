@@ -10,6 +10,7 @@ from selection import LAYER, kept_mass, needles, plan_of, probabilities
 from workloads import Shape, Workload, s1_noise, s2_verticals, s3_slashes, s4_segments, s7_mixture
 
 from winnow.errors import InvalidRequest
+from winnow.workers.prefill import scoring
 from winnow.workers.prefill.methods.minference import MInference, tiles_of_distances
 from winnow.workers.prefill.scoring import diagonal_tiles, recent_mass
 
@@ -32,6 +33,22 @@ def test_tiles_of_distances_are_those_that_a_kept_pair_lies_in(shape: Shape) -> 
     expected = padded.unflatten(-1, (-1, 32)).unflatten(-3, (-1, 32)).any(-1).any(-2)
     own = diagonal_tiles(shape.n, shape.m, 32, 32, "cpu")  # in every plan, whatever is found
     assert torch.equal(tiles_of_distances(keep, shape.n, 32) | own, expected | own)
+
+
+def test_no_verticals_at_all_leave_the_slashes() -> None:
+    x = s3_slashes(LONG, 1)
+    plan = plan_of(MInference(block=32, vertical_tokens=0, sink_tokens=0, slash_tokens=12, recent_tokens=8), x.q, x.k)
+    some = plan_of(MInference(block=32, vertical_tokens=16, sink_tokens=0, slash_tokens=12, recent_tokens=8), x.q, x.k)
+    assert torch.equal(plan.tile_mask(), some.tile_mask()) and plan.kept_pairs.sum() < some.kept_pairs.sum()
+
+
+@pytest.mark.parametrize("n_bytes", [1, 16 * 32 * 132 * 2, 16 * 32 * 132 * 3, 16 * 32 * 132 * 5])
+def test_recent_mass_is_the_same_however_few_heads_fit(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    x = s7_mixture(Shape(100, 100, q_heads=12, kv_heads=3), 1)
+    whole = recent_mass(x.q[:, :, -32:], x.k, LAYER)
+    monkeypatch.setattr(scoring, "SLAB_BYTES", n_bytes)
+    for part, expected in zip(recent_mass(x.q[:, :, -32:], x.k, LAYER), whole, strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [Shape(100, 100), Shape(7, 50), Shape(1, 20)])

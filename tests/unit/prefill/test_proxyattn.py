@@ -51,6 +51,30 @@ def test_one_proxy_per_head_without_a_stride_ranks_as_the_exact_max_pooled_atten
     assert plan.density() < 0.9
 
 
+@pytest.mark.parametrize("shape", [Shape(512, 512), Shape(301, 333), Shape(5, 300)], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("stride", [1, 4, 32])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_proxys_scores_are_those_of_mean_heads_on_the_first_token_of_every_window(
+    shape: Shape, softcap: float, stride: int, groups: int
+) -> None:
+    x, layer, b = s7_mixture(shape, 3), dataclasses.replace(LAYER, softcap=softcap), 32
+    found = ProxyAttn(groups=groups, stride=stride, block=b, min_budget=32)._proxy_scores(x.q, x.k, layer)
+    hq, hkv = x.q.shape[1], x.k.shape[1]
+    rows, keys = torch.arange(0, shape.n, stride), torch.arange(0, shape.m, stride)
+    for group in range(groups):
+        heads = range(group * hq // groups, (group + 1) * hq // groups)
+        q = torch.stack([x.q[0, head].double() for head in heads]).mean(0)[rows]
+        k = torch.stack([x.k[0, head].double() for head in sorted({head * hkv // hq for head in heads})]).mean(0)[keys]
+        logits = q @ k.T * layer.scale
+        logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+        logs = logits.masked_fill(keys > (rows + shape.m - shape.n)[:, None], -torch.inf).log_softmax(-1)
+        for tile_q in range(found.shape[2]):
+            for tile_k in range(found.shape[3]):
+                best = logs[rows // b == tile_q][:, keys // b == tile_k].amax()
+                assert float(found[0, group, tile_q, tile_k]) == pytest.approx(float(best), abs=1e-4)
+
+
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("stride", [1, 4])
 def test_with_all_heads_alike_one_proxy_gives_the_plan_of_many(groups: int, stride: int) -> None:

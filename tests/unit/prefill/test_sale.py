@@ -246,6 +246,28 @@ def test_the_layers_scale_enters_the_selection() -> None:
     assert not torch.equal(plain, plan_of(method, x.q, x.k, dataclasses.replace(LAYER, scale=LAYER.scale / 8)).tile_mask())
 
 
+@pytest.mark.parametrize("tau", [0.001, 0.004])
+def test_heads_without_any_contrast_keep_what_exact_scores_keep(tau: float) -> None:
+    """Their codes have no scale: queries that are zero, keys that are all alike."""
+    x = s7_mixture(Shape(700, 700), 1)
+    q, k = x.q.clone(), x.k.clone()
+    q[:, :2], k[:, :1] = 0.0, 0.0  # pruned heads beside others
+    for queries, keys in ((q, k), (torch.ones_like(q), torch.ones_like(k)), (1e-6 * x.q, torch.zeros_like(k))):
+        exact, coded = (SALE(tau=tau, bits=bits, **SMALL) for bits in (0, 4))
+        plain = [plan_of(method, queries, keys).tile_mask()[:, :2] for method in (exact, coded)]
+        assert torch.equal(*plain)
+        scores = [method.tile_scores(queries, keys, LAYER)[:, :2] for method in (exact, coded)]
+        torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+
+
+def test_sums_of_codes_fit_the_dtype_they_are_multiplied_in() -> None:
+    for bits in range(2, 9):
+        top = 2 ** (bits - 1) - 1
+        dtype = SALE(tau=0.1, bits=bits)._product_dtype(torch.device("cuda"))
+        assert top * top * 256 <= torch.finfo(dtype).max
+        assert (dtype == torch.float16) == (bits <= 5)
+
+
 def test_slabs_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     x = s7_mixture(Shape(500, 1000), 6)
     method = SALE(tau=0.1, **SMALL)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 BLOCK_Q, BLOCK_K = 64, 32
 DENSE_TAU = 1e-5  # a threshold below it marks a head that reads everything
-_TINY = 1e-20
+_TINY = 1e-12  # least size that is coded; products of two smaller units would leave float32
+_FLOAT16_BITS = 5  # sums of 256 products of larger codes may leave float16
 
 
 @prefill_methods.register("sale")
@@ -45,8 +46,8 @@ class SALE(TileListMethod):
     - rows before `dense_below` are dense in every prompt; published: prompts up to that length;
     - the two-pass form only: lse_i is not tightened while tiles are added;
     - keys are coded anew for each chunk, which reads them once: kept with the KV their codes would take a quarter more memory;
-    - codes are multiplied as 8-bit numbers on CUDA (`kernels.code_scores`: Hopper has no 4-bit product), in float16 where that
-      kernel has no words for the layer, in float32 on a CPU;
+    - codes are multiplied as 8-bit numbers on CUDA (`kernels.code_scores`: Hopper has no 4-bit product), in float16, or from six
+      bits on float32, where that kernel has no words for the layer, in float32 on a CPU;
     - runs for M > N and any length; the layer's own scale and soft-capping enter every score.
     Layers with a sliding window are left dense.
 
@@ -211,7 +212,7 @@ class SALE(TileListMethod):
         batch, hq, n, d = q.shape
         hkv, m = k.shape[1], k.shape[2]
         group, past = hq // hkv, m - n
-        low = torch.float16 if q.is_cuda else torch.float32  # a CPU multiplies float16 very slowly
+        low = self._product_dtype(q.device)
         shift = self._shift(k)
         starts = self._local_start(n, m, q.device)
         for heads, first, stop in slabs(hkv, n, m, BLOCK_Q, 12 * batch * group):
@@ -246,6 +247,10 @@ class SALE(TileListMethod):
                 over = estimate.add_(of_mean / unit).sub_(((known - of_shift) / unit[..., 0])[..., None])
             best = over.unflatten(-1, (-1, BLOCK_K)).amax((-3, -1)) * unit[..., 0]  # [B, heads, g, tiles, key tiles]
             yield slice(heads.start * group, heads.stop * group), first // BLOCK_Q, best.flatten(1, 2)
+
+    def _product_dtype(self, device: torch.device) -> torch.dtype:
+        """Of codes and their sums. A CPU multiplies float16 very slowly."""
+        return torch.float16 if device.type == "cuda" and self.bits <= _FLOAT16_BITS else torch.float32
 
     def _known_lse(self, rows: Tensor, k: Tensor, starts: Tensor, position: int, layer: LayerSpec) -> Tensor:
         """Exact log-sum-exp of rows over the sink and their local window.
