@@ -119,8 +119,8 @@ VIEWS: dict[str, tuple[View, ...]] = {
             r"\1",
             r"\2",
             "the default model, over 2,048, 4,096 and 8,064 tokens: task score over dense's with its standard error and the "
-            "number of prompts, where there are 100; perplexity over dense's of real text before a prompt's dense end; recall; "
-            "density",
+            "number of prompts, where there are 100; perplexity over dense's of 10 to 294 real texts before a prompt's dense "
+            "end; recall of 9 prompts; density. `sea` at two lengths only, with 2 texts and 6 prompts",
             ("recall", "density"),
             ("score",),
             100,
