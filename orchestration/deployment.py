@@ -27,6 +27,7 @@ from winnow.orchestration.placer import RayHost
 from winnow.orchestration.seats import ROLES
 from winnow.orchestration.single import SingleHost
 from winnow.orchestration.state import RunState
+from winnow.workers.defaults import check_defaults
 
 TOKEN_TTL_S = 7 * 24 * 3600.0
 SERVING_TIMEOUT_S = 60.0
@@ -65,6 +66,7 @@ class Deployment:
         if found := await asyncio.to_thread(placer.clean_stale, self._config):
             self._log.warning("cleaned up after a killed run", found=found)
         _check_port(self._config)
+        await asyncio.to_thread(check_defaults, self._config)
         self._config = _complete(self._config)
         if self._config.cluster.address and not self._config.metadata.redis_url and not self._single:
             raise ConfigError(

@@ -146,7 +146,7 @@ def answers(console: Console, title: str, pair: Sequence[Answer]) -> None:
         ("speed after it", lambda a: f"{a.tokens_per_s:.1f} tokens/s"),
         ("prompt tokens", lambda a: str(a.usage.prompt_tokens)),
         ("  taken from the prefix cache", lambda a: str(a.usage.cached_tokens)),
-        ("prefill density", lambda a: f"{a.usage.prefill_density:.3f}"),
+        ("prefill density of the others", lambda a: f"{a.usage.prefill_density:.3f}" if a.usage.computed_tokens else "-"),
         ("  share of attention mass on what it read", lambda a: _share(a.usage.prefill_recall)),
         ("share of keys read per token", lambda a: f"{a.usage.keys_read_share:.1%}"),
     ]

@@ -175,8 +175,13 @@ def _coerce(label: str, value: Any, default: Any) -> Any:
                 raise ValueError
             return number
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise InvalidRequest(f"{label} must be a {type(default).__name__}, got {value!r:.40}") from None
+        raise InvalidRequest(f"{label} must be {kind_of(default)}, got {value!r:.40}") from None
     return value
+
+
+def kind_of(default: object) -> str:
+    """What a parameter with this default takes, in words: a bool, an int or a float."""
+    return "true or false" if isinstance(default, bool) else "a whole number" if isinstance(default, int) else "a finite number"
 
 
 def modules_in(package: str) -> tuple[str, ...]:

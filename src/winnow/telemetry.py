@@ -163,7 +163,7 @@ TTFT = Histogram(
 )
 PREFILL_RECALL = Histogram(
     "winnow_prefill_recall",
-    "Attention mass that a sparse prefill kept, 0 to 1, estimated on sampled rows; a prompt is one observation",
+    "Attention mass that a sparse prefill kept in the rows it computed, 0 to 1, from sampled ones; a prompt is one observation",
     ["method"],
     buckets=(0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0),
 )

@@ -113,15 +113,17 @@ class Usage:
         reduced_from_tokens: the prompt's length before the prompt reducer; 0 = no reducer.
         ttft_s: seconds from admission to the first token.
         decode_s: seconds from the first to the last token.
-        prefill_density: kept (query, key) pairs / causal pairs over all layers and heads; 1.0 = dense.
+        prefill_density: kept (query, key) pairs / causal pairs over layers, query heads and the rows of `computed_tokens`;
+            1.0 = dense, and 1.0 where nothing was computed. Cached tokens are no part of it, nor of `prefill_recall`: what a
+            sparse method made of their KV is as approximate as before.
         keys_read_share: mean over decode steps, layers and heads of keys read / keys cached; 1.0 = dense.
         fallback_used: the method that stepped in, e.g. "decode: dense (retrieval lost)"; "" = none.
         prefill_recall: share of the attention mass on the keys that a sparse prefill read, 0 to 1: mean over layers, query
-            heads and computed rows, where what ran dense counts as 1. An unbiased estimate from sampled rows of every layer,
-            against exact attention over the inputs that the layer really saw. None = not measured: a dense or wholly cached
-            prefill, a method that estimates what it does not read, or a server that does not measure.
+            heads and the rows of `computed_tokens`, where what ran dense counts as 1. An unbiased estimate from sampled rows of
+            every layer, against exact attention over the inputs that the layer really saw. None = not measured: a dense or
+            wholly cached prefill, a method that estimates what it does not read, or a server that does not measure.
         prefill_dense_share: share of a sparse method's passes through a layer that ran dense because sparse was predicted not
-            to pay, 0 to 1.
+            to pay, 0 to 1; of what was computed, as the two above.
     """
 
     prompt_tokens: int = 0
@@ -135,6 +137,11 @@ class Usage:
     fallback_used: str = ""
     prefill_recall: float | None = None
     prefill_dense_share: float = 0.0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the prefill computed: the prompt's, but for the cached ones and the last, which is the decode's first."""
+        return max(0, self.prompt_tokens - 1 - self.cached_tokens)
 
 
 @dataclass(frozen=True)

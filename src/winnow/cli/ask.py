@@ -107,7 +107,9 @@ def generate(
                         text, prefill=chosen, on_progress=lambda done, total: on_stage("prefill", done, total)
                     )
                 session = opened.session_id
-                read = f"{opened.tokens} tokens" + (f", recall {opened.recall:.3f}" if opened.HasField("recall") else "")
+                read = f"{opened.tokens} tokens" + (
+                    f", recall {opened.recall:.3f} of what was computed" if opened.HasField("recall") else ""
+                )
                 stderr.print(f'session [bold]{session}[/] ({read}): winnow generate --session {session} "..."')
             if session is not None:
                 chunks = client.generate(session=session, question=asked, **options)
@@ -171,19 +173,28 @@ def show(chunks: Iterator[Chunk], *, stream: bool, quiet: bool, as_json: bool, s
 def figures(usage: Usage, reason: str) -> str:
     """What a generation cost and read, on one line."""
     speed = (usage.completion_tokens - 1) / usage.decode_s if usage.decode_s > 0 and usage.completion_tokens > 1 else 0.0
-    prefill = f"prefill density {usage.prefill_density:.2f}"
-    if usage.prefill_recall is not None:
-        prefill += f" at recall {usage.prefill_recall:.3f}"
-    if usage.prefill_dense_share:
-        prefill += f" ({usage.prefill_dense_share:.0%} dense, where sparse would not pay)"
     parts = [
         f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached)",
         f"first token {usage.ttft_s:.2f} s",
         f"{usage.completion_tokens} tokens at {speed:.1f}/s",
-        prefill,
+        _prefill_figures(usage),
         f"keys read {usage.keys_read_share:.0%}",
         f"ended by {reason}",
     ]
     if usage.reduced_from_tokens:
         parts.insert(1, f"reduced from {usage.reduced_from_tokens}")
     return " · ".join(parts)
+
+
+def _prefill_figures(usage: Usage) -> str:
+    """Density and recall with what they are of: cached tokens have no part in them, and their KV may be approximate."""
+    if not usage.computed_tokens:
+        return "prefill: " + (f"all {usage.cached_tokens} tokens from the cache" if usage.cached_tokens else "nothing to compute")
+    text = f"prefill density {usage.prefill_density:.2f}"
+    if usage.prefill_recall is not None:
+        text += f" at recall {usage.prefill_recall:.3f}"
+    if usage.cached_tokens:
+        text += f" of the {usage.computed_tokens} tokens computed"
+    if usage.prefill_dense_share:
+        text += f" ({usage.prefill_dense_share:.0%} dense, where sparse would not pay)"
+    return text

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from winnow import __version__
 from winnow.cli.screen import bytes_text
+from winnow.cli.settings import env_name
 from winnow.config import WinnowConfig, home
 
 Level = Literal["ok", "note", "problem"]
@@ -28,6 +29,7 @@ PACKAGES = (
 EXTRAS = {  # extra -> (modules it brings, what does not work without it)
     "batch": (("pyarrow",), "`winnow rank-batch` needs Ray Data"),
     "demo": (("bm25s", "Stemmer"), "`winnow demo` shows BM25 beside its ranking"),
+    "evaluation": (("matplotlib",), "`winnow evaluate` draws its report with it"),
     "gpu": (("triton",), "sparse prefill on a GPU needs its kernels; on CPU only their tests do"),
     "otel": (("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc"), "telemetry.otlp_endpoint sends traces with it"),
 }
@@ -115,6 +117,18 @@ def plug_ins() -> Iterator[Finding]:
                     "problem", f"{registry.kind} {entry.name}", f"cannot be imported: {entry.broken}", "install what it names"
                 )
     yield Finding("ok", "methods", f"{names} registered")
+
+
+def default_methods(config: WinnowConfig) -> Iterator[Finding]:
+    """Methods of requests that name none: one that cannot be made keeps `winnow up` from starting."""
+    from winnow.workers.defaults import PARTS, wrong_defaults
+
+    wrong = wrong_defaults(config)
+    for setting, why in wrong.items():
+        yield Finding("problem", setting, why, f"correct it in winnow.toml or {env_name(setting)}")
+    if not wrong:
+        named = ", ".join(f"{part} {getattr(config, part).method}" for part in PARTS)
+        yield Finding("ok", "default methods", named)
 
 
 def room(config: WinnowConfig) -> Iterator[Finding]:

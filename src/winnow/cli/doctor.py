@@ -82,6 +82,7 @@ def doctor(
                 *checks.guarded(checks.devices, "device"),
                 *checks.guarded(checks.extras, "extras"),
                 *checks.guarded(checks.plug_ins, "methods"),
+                *checks.guarded(partial(checks.default_methods, loaded), "default methods"),
                 *checks.guarded(partial(checks.room, loaded), "room"),
                 *checks.guarded(partial(checks.port, loaded, running=running), "port"),
                 *checks.guarded(partial(redis, loaded), "redis"),

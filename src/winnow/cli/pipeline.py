@@ -29,11 +29,17 @@ def lines(*, shown: bool = True) -> Iterator[Callable[[str], None]]:
 
 
 def fetch_default_model(config: WinnowConfig, *, shown: bool = True) -> None:
-    """Download and convert the default model with progress bars, where the configuration asks for it."""
+    """Download and convert the default model with progress bars, where the configuration asks for it.
+
+    Raises:
+        ConfigError: a default method that cannot be made; said before a model is fetched for nothing.
+    """
     if config.model.source != "default":
         return
+    from winnow.workers.defaults import check_defaults
     from winnow.workers.model.default_model import ensure_default_model
 
+    check_defaults(config)
     with stage_bars(shown=shown) as on_stage:
         ensure_default_model(on_stage)
 

@@ -129,7 +129,21 @@ def test_a_recall_is_asked_for_and_the_line_says_what_was_reached(
     assert "recall" not in run(*asked).stderr
     assert as_json(*asked)["usage"]["prefill_recall"] is None
     kept = run("generate", "--file", str(notes), "--keep", "What?", "--recall", "0.9", "--max-tokens", "2", "--ignore-eos")
-    assert kept.returncode == 0 and re.search(r"session \S+ \(\d+ tokens, recall (1\.000|0\.9\d\d)\)", kept.stderr), kept.stderr
+    assert kept.returncode == 0 and re.search(
+        r"session \S+ \(\d+ tokens, recall (1\.000|0\.9\d\d) of what was computed\)", kept.stderr
+    ), kept.stderr
+
+
+def test_what_came_from_the_cache_is_not_said_to_be_dense(
+    run: Callable[..., Any], as_json: Callable[..., Any], tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("The tax was raised. " * 40)
+    asked = ("generate", "--file", str(notes), "What was raised?", "--recall", "0.9", "--max-tokens", "2", "--ignore-eos")
+    first = as_json(*asked)["usage"]
+    assert first["cached_tokens"] == 0 and first["prefill_recall"] is not None
+    again = run(*asked).stderr
+    assert f"prefill: all {first['prompt_tokens'] - 1} tokens from the cache" in again and "density" not in again
 
 
 def test_the_question_may_come_from_standard_input(as_json: Callable[..., Any]) -> None:

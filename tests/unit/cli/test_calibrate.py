@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from winnow.cli.calibrate import parse_pairs
+from winnow.cli.calibrate import LEARNERS, parse_pairs
 from winnow.errors import InvalidRequest
 from winnow.workers.model.loader import load_model
 from winnow.workers.model.tiny import make_tiny_model
@@ -34,7 +34,7 @@ def arguments(method: str, model: Path, *more: str) -> list[str]:
 
 def test_help_names_every_method_that_learns(winnow: Winnow) -> None:
     said = winnow("calibrate", "--help").stdout
-    assert [method for method in training._MODULES if method not in said] == []
+    assert [method for method in training._MODULES if method not in said] == [] and set(LEARNERS) == set(training._MODULES)
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -69,6 +69,7 @@ def test_json_has_the_figures_and_the_seed_matters(winnow: Winnow, tmp_path: Pat
     [
         ("flexprefill", "flexprefill: needs no calibration, use it as it is (calibrated methods: dhsa-v1, duoattention"),
         ("duoatention", "did you mean 'duoattention'?"),
+        ("foo", "no method 'foo' that learns (known: seerattention, duoattention, sale, sea, dhsa-v1)"),
     ],
 )
 def test_methods_that_cannot_be_calibrated_are_refused_before_a_model_is_loaded(winnow: Winnow, method: str, words: str) -> None:
@@ -82,7 +83,10 @@ def test_methods_that_cannot_be_calibrated_are_refused_before_a_model_is_loaded(
         (["--option", "steps"], "--option: expected key=value"),
         (["--option", "steps=1", "--option", "steps=2"], "steps is given twice"),
         (["--option", "stepz=1"], "no option 'stepz' (it has: tokens, passages"),
+        (["--option", "steps=few"], "steps must be a whole number, got 'few'"),
         (["--option", "tokens=4096"], "context of 2048 tokens"),
+        (["--dtype", "fp8"], "--dtype (model.dtype): must be auto, fp32, fp16 or bf16, got 'fp8'"),
+        (["--device", "tpu"], "--device (model.device): must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--model", "/nowhere"], "no folder or file 'nowhere'"),
     ],
 )

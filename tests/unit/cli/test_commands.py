@@ -6,12 +6,14 @@ import json
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from winnow import errors
+from winnow.cli.checks import EXTRAS
 from winnow.cli.exits import exit_code
 from winnow.errors import StatusName, WinnowError
 
@@ -108,6 +110,13 @@ def test_a_wrong_value_is_one_line_that_names_it(
     refused(winnow(*arguments), 2, *words)
 
 
+def test_a_default_method_that_cannot_be_made_is_refused_before_a_model_is_fetched(
+    winnow: Winnow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("winnow.workers.model.default_model.ensure_default_model", lambda *_: pytest.fail("it was fetched"))
+    refused(winnow("up", "--set", "prefill.method=foo"), 2, "prefill.method: unknown prefill method 'foo'", "flexprefill")
+
+
 def test_a_bad_line_of_documents_is_named(winnow: Winnow) -> None:
     refused(winnow("rank", "-", "--query", "q", stdin=b'{"id": "a", "text": "x"}\n{"id"\n'), 2, "line 2", "--on-error skip")
 
@@ -167,6 +176,24 @@ def test_doctor_reports_versions_and_a_missing_redis(winnow: Winnow, monkeypatch
     assert findings["redis"]["level"] == "problem" and "does not answer" in findings["redis"]["text"]
     assert findings["server"]["level"] == "note"
     assert "hush" not in done.stdout
+
+
+def test_doctor_names_the_setting_of_a_default_method_that_cannot_be_made(
+    winnow: Winnow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINNOW_PREFILL__METHOD", "foo")
+    monkeypatch.setenv("WINNOW_RANK__METHOD", "icr:wings=2")
+    done = winnow("doctor", "--json")
+    findings = {finding["topic"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 1
+    assert findings["prefill.method"]["level"] == findings["rank.method"]["level"] == "problem"
+    assert "unknown prefill method 'foo'" in findings["prefill.method"]["text"] and "wings" in findings["rank.method"]["text"]
+    assert "WINNOW_PREFILL__METHOD" in findings["prefill.method"]["remedy"] and "decode.method" not in findings
+
+
+def test_doctor_knows_every_extra_that_users_install() -> None:
+    project = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
 
 
 def test_doctor_sees_a_port_in_use(winnow: Winnow, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,25 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(model: Path) -> None:
     nothing_is_left()
 
 
+@pytest.mark.parametrize(
+    ("part", "method", "said"),
+    [
+        ("prefill", "foo", r"prefill\.method: unknown prefill method 'foo' \(known: .*flexprefill"),
+        ("prefill", "flexprefill:gama=0.9", r"prefill\.method: .*no parameter 'gama'"),
+        ("decode", "retrieval-attention:top_k=many", r"decode\.method: .*top_k must be a whole number, got 'many'"),
+        ("rank", "likelyhood", r"rank\.method: unknown ranker 'likelyhood'; did you mean 'likelihood'"),
+    ],
+)
+def test_a_default_method_that_cannot_be_made_is_said_before_anything_is_started(
+    model: Path, part: str, method: str, said: str
+) -> None:
+    steps: list[str] = []
+    with pytest.raises(ConfigError, match=said):
+        up(config_of(model, **{part: {"method": method}}), single=True, on_progress=steps.append)
+    assert steps == []
+    nothing_is_left()
+
+
 def test_an_unknown_model_keeps_its_error_class_and_words(own_home: Path) -> None:
     with pytest.raises(UnknownName, match="model source"):
         up(config_of("no-such-model-here"), single=True)

@@ -221,9 +221,9 @@ def test_layers_with_a_window_keep_their_heads(tmp_path: Path) -> None:
         ({"tokens": 100}, "tokens must be at least 160"),
         ({"rate": 0}, "rate must be above 0"),
         ({"keys": 0}, "keys must be at least 1"),
-        ({"steps": "many"}, "steps must be a int"),
+        ({"steps": "many"}, "steps must be a whole number"),
         ({"stepz": 1}, "no option 'stepz'"),
-        ({"l1": "nan"}, "l1 must be a float"),
+        ({"l1": "nan"}, "l1 must be a finite number"),
     ],
 )
 def test_options_are_checked(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -192,7 +192,7 @@ def test_layers_with_a_window_are_left_alone(tmp_path: Path) -> None:
         ({"width": 7}, "width must be even"),
         ({"passages": 0}, "passages must be at least 1"),
         ({"rate": -1.0}, "rate must be above 0"),
-        ({"steps": 1.5}, "steps must be a int"),
+        ({"steps": 1.5}, "steps must be a whole number"),
         ({"gamma": 1}, "no option 'gamma'"),
     ],
 )

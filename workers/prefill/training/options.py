@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from winnow.errors import InvalidRequest
+from winnow.registry import kind_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,7 +32,7 @@ def parse_options(method: str, kind: type[T], given: Mapping[str, object]) -> T:
             if number - number != 0.0 or (wanted is int and number != int(number)):  # inf and nan are no numbers here
                 raise ValueError
         except (TypeError, ValueError):
-            raise InvalidRequest(f"calibrate {method}: {name} must be a {wanted.__name__}, got {value!r:.40}") from None
+            raise InvalidRequest(f"calibrate {method}: {name} must be {kind_of(known[name])}, got {value!r:.40}") from None
         kept[name] = wanted(number)
     return kind(**kept)
 
