@@ -83,7 +83,7 @@ class Lease:
         cached_tokens: leading tokens that are valid already.
         fencing: grows with every grant of this store.
         is_shared: the segment is a cache entry itself, complete, and must not be written.
-        expires_at: by the store's clock; None while the segment is being written by its own process.
+        expires_at: by the store's clock; None while its own process holds it: then it ends by `release` alone.
     """
 
     segment: KVSegment
@@ -250,7 +250,8 @@ class SegmentStore:
                     self._unpin(held)
 
     def _find(self, tokens: Tokens, key: ReuseKey) -> tuple[_Held | None, int]:
-        """The entry that shares the most leading tokens, and how many: hashes know whole blocks and entries, tokens the rest."""
+        """An entry that shares the most whole blocks, and how many leading tokens it shares: hashes know whole blocks and
+        entries, tokens the rest."""
         found = self._index.find(tokens, key)
         if found is None or not found[1]:
             return None, 0
@@ -282,17 +283,20 @@ class SegmentStore:
             self._counts.misses += cached == 0
             self._counts.hit_tokens += cached
         lease = Lease(
-            held.segment, cached, self._last_fencing, self.owner, self.epoch, self.host_id, use_cache, is_shared,
-            self._clock() + self.config.lease_s if is_shared else None,
+            held.segment, cached, self._last_fencing, self.owner, self.epoch, self.host_id, use_cache, is_shared
         )  # fmt: skip
         held.leases.add(lease.fencing)
         self._leases[lease.fencing] = lease
         self._held.move_to_end(held.segment.segment_id)
         return lease
 
-    def publish(self, lease: Lease) -> SegmentHandle:
-        """Seal the lease's segment, start the lease's time, and make it a cache entry unless the cache holds these tokens
-        already, the lease was taken without cache, or the prompt is empty.
+    def publish(self, lease: Lease, *, is_given_away: bool = True) -> SegmentHandle:
+        """Seal the lease's segment, and make it a cache entry unless the cache holds these tokens already, the lease was taken
+        without cache, or the prompt is empty.
+
+        Args:
+            is_given_away: the lease's time starts; others, who may be lost, will renew and release it. False: it stays with
+                its own process.
 
         Raises:
             LeaseLost: the lease has ended.
@@ -304,7 +308,8 @@ class SegmentStore:
                 lease.segment.key_tiles.move(lease.segment.device)
         with self._lock:
             held = self._holder(lease.handle)
-            lease.expires_at = self._clock() + self.config.lease_s
+            if is_given_away:
+                lease.expires_at = self._clock() + self.config.lease_s
             if not lease.is_shared:
                 if lease.use_cache:
                     self._add_entry(held)

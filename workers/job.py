@@ -18,6 +18,11 @@ class Failed:
 
     error: BaseException
 
+    @classmethod
+    def of(cls, error: BaseException) -> Failed:
+        """A panic in a library's native code is no `Exception`: raised again as it is, it would end a caller's thread or loop."""
+        return cls(error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}"))
+
 
 @dataclass(eq=False)
 class JobHandle(Generic[E]):

@@ -15,11 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from winnow.errors import InvalidRequest
 from winnow.workers.attention import blocks
 from winnow.workers.attention.estimates import log_weights, pooled_tiles
-from winnow.workers.attention.plan import HeadClass, TilePlan
-from winnow.workers.attention.tiles import TileLists, partial_tiles
+from winnow.workers.attention.plan import TilePlan
+from winnow.workers.attention.tiles import TileLists
 
 _GATHER_BYTES = 8 << 20  # keys gathered at once: about what the last cache level holds beside their values
 
@@ -28,11 +27,7 @@ def attend_lists(plan: TilePlan, q: Tensor, k: Tensor, v: Tensor, scale: float, 
     """Tiles, token columns and pseudo-keys of every head; rows of heads that are not CSR get their partial tiles only.
 
     Args and returns: as `attend_plan`, on CPU tensors. Pseudo-keys need softcap = 0.
-
-    Raises:
-        InvalidRequest: a plan that no constructor makes.
     """
-    _check_partial(plan)
     b, hq, n, d = q.shape
     if plan.n_q_tiles * plan.block_q != n:  # whole tiles from here on; a padded row is cut off below
         q = torch.nn.functional.pad(q, (0, 0, 0, plan.n_q_tiles * plan.block_q - n))
@@ -152,11 +147,3 @@ def _merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Non
     share, part_share = torch.exp(lse - total).unsqueeze(-1), torch.exp(part_lse - total).unsqueeze(-1)
     out.mul_(share).addcmul_(part.float(), part_share)
     lse.copy_(total)
-
-
-def _check_partial(plan: TilePlan) -> None:
-    """A plan that leaves out tiles its geometry demands was not built by a constructor; running it would read them anyway."""
-    implied = int(partial_tiles(plan.n_rows, plan.n_keys, plan.block_q, plan.block_k, plan.device)[1].sum())
-    listed, csr = int(plan.partial.offsets[-1]), int((plan.head_class == HeadClass.CSR).sum())
-    if listed != implied * csr:
-        raise InvalidRequest(f"plan: lists {listed} partial tiles, not the {implied * csr} it must; use TilePlan.from_mask")

@@ -41,6 +41,8 @@ def attend_plan(
     Mutates nothing. Works in float32 inside and rounds once per partial result.
     """
     blocks.check_inputs(q, k, v)
+    if window < 0 or not softcap >= 0.0:
+        raise InvalidRequest(f"attention: window and softcap must be 0 (none) or more, got {window} and {softcap}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the fused kernels take it for granted
     window = 0 if window >= k.shape[2] else window
     if plan is None:
@@ -142,7 +144,8 @@ def _splits(hkv: int, m: int) -> int:
 
 
 def check_plan(plan: TilePlan, q: Tensor, n_keys: int, kv_heads: int) -> None:
-    """Raise InvalidRequest unless the plan was made for q [B, Hq, N, D] and this many keys, on q's device."""
+    """Raise InvalidRequest unless the plan was made for q [B, Hq, N, D] and this many keys, on q's device; on a CPU also if no
+    constructor of `TilePlan` made it and an invariant does not hold. An accelerator does not wait to be asked."""
     if (plan.n_rows, plan.n_keys) != (q.shape[2], n_keys):
         raise InvalidRequest(f"plan: made for {plan.n_rows} rows and {plan.n_keys} keys, got {q.shape[2]} and {n_keys}")
     if plan.mask_heads not in (1, kv_heads, q.shape[1]) or plan.batch not in (1, q.shape[0]):
@@ -152,6 +155,8 @@ def check_plan(plan: TilePlan, q: Tensor, n_keys: int, kv_heads: int) -> None:
         )
     if plan.device != q.device:
         raise InvalidRequest(f"plan: lies on {plan.device}, q on {q.device}; move one of them")
+    if not plan.is_made and plan.device.type == "cpu":
+        plan.check()
     if isinstance(plan.residual, tuple) and (plan.residual[0].shape, plan.residual[1].shape) != (q.shape, q.shape[:3]):
         got = f"{list(plan.residual[0].shape)} and {list(plan.residual[1].shape)}"
         raise InvalidRequest(f"plan: residual needs an output of {list(q.shape)} and an lse of {list(q.shape[:3])}, got {got}")

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import enum
 import functools
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class TilePlan:
         row_intervals: [B, Hm, N, 2] int32, (lo, hi) of each row, 0 <= lo < hi <= p + 1; read for INTERVAL heads only.
         mean_correction: every full tile that a CSR head leaves out joins its rows' softmax as one pseudo-key, the mean of its
             keys and of its values, weighted with the number of its keys that are not token columns.
+        is_made: a constructor of this class made it, so that all this holds and nobody needs to look.
         residual: an estimate of what was left out, merged by log-sum-exp: (out [B, Hq, N, D], lse [B, Hq, N]), lse -inf where
             there is none, or a `ResidualEstimator` where values are needed for it.
 
@@ -100,6 +101,7 @@ class TilePlan:
     mean_correction: bool = False
     residual: tuple[Tensor, Tensor] | ResidualEstimator | None = None
     row_intervals: Tensor | None = None
+    is_made: bool = field(default=False, init=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -169,8 +171,9 @@ class TilePlan:
         wanted = mask | diagonal
         heads = _csr_heads(*mask.shape[:2], n_rows, n_keys, block_q, block_k, mask.device)
         for name, given in (("head_class", head_class), ("sink", sink), ("recent", recent), ("row_intervals", row_intervals)):
-            if given is not None and given.shape[:2] != mask.shape[:2]:
-                raise InvalidRequest(f"plan: {name} must begin with [B, Hm] = {list(mask.shape[:2])}, got {list(given.shape)}")
+            if given is not None and (given.shape[:2] if name == "row_intervals" else given.shape) != mask.shape[:2]:
+                raise InvalidRequest(f"plan: {name} must {'begin with' if name == 'row_intervals' else 'be'} [B, Hm] = "
+                                     f"{list(mask.shape[:2])}, got {list(given.shape)}")  # fmt: skip
         kinds, class_, partial = frozenset({HeadClass.CSR}), heads.head_class, heads.partial
         if head_class is not None:
             streams = sink is not None and recent is not None
@@ -183,7 +186,7 @@ class TilePlan:
             token_columns = keys_in_tiles(token_columns, ~wanted & full, block_k, n_keys)
         if row_intervals is not None:
             row_intervals = causal_intervals(row_intervals.to(mask.device), n_rows, n_keys)
-        return cls(
+        return cls._made(
             n_rows,
             n_keys,
             block_q,
@@ -191,14 +194,20 @@ class TilePlan:
             class_,
             TileLists.from_mask(wanted & full),
             partial,
-            sink.to(mask.device, torch.int32).clamp(min=0) if sink is not None else heads.sink,
-            recent.to(mask.device, torch.int32).clamp(min=1) if recent is not None else heads.recent,
+            sink.clamp(0, n_keys).to(mask.device, torch.int32) if sink is not None else heads.sink,
+            recent.clamp(1, n_keys).to(mask.device, torch.int32) if recent is not None else heads.recent,
             kinds,
             token_columns,
             mean_correction,
             residual,
             row_intervals,
         )
+
+    @classmethod
+    def _made(cls, *fields: Any, **others: Any) -> TilePlan:
+        plan = cls(*fields, **others)
+        object.__setattr__(plan, "is_made", True)
+        return plan
 
     @classmethod
     def dense(
@@ -220,6 +229,7 @@ class TilePlan:
         """
         if sink < 0 or recent < 1:
             raise InvalidRequest(f"plan: streaming needs sink >= 0 and recent >= 1 tokens, got {sink} and {recent}")
+        sink, recent = min(sink, n_keys), min(recent, n_keys)
         return cls._uniform(HeadClass.STREAMING, sink, recent, batch, mask_heads, n_rows, n_keys, block_q, block_k, device)
 
     @classmethod
@@ -238,7 +248,8 @@ class TilePlan:
             raise InvalidRequest(f"plan: row_intervals must be [B, Hm, N, 2], got {list(intervals.shape)}")
         batch, heads, n = intervals.shape[:3]
         plan = cls._uniform(HeadClass.INTERVAL, 0, 1, batch, heads, n, n_keys, block_q, block_k, intervals.device)
-        return replace(plan, row_intervals=causal_intervals(intervals, n, n_keys))
+        made = {f.name: getattr(plan, f.name) for f in fields(plan) if f.init}
+        return cls._made(**{**made, "row_intervals": causal_intervals(intervals, n, n_keys)})
 
     @classmethod
     def _uniform(
@@ -248,7 +259,7 @@ class TilePlan:
         n_q, _ = tile_counts(n, m, bq, bk)
         none = TileLists.empty(batch * heads * n_q, device)
         shape = (batch, heads)
-        return cls(
+        return cls._made(
             n, m, bq, bk,
             torch.full(shape, kind, dtype=torch.int8, device=device),
             none, none,
@@ -325,7 +336,7 @@ class TilePlan:
         return int(self.kept_pairs.sum()) / (self.n_causal_pairs * self.batch * self.mask_heads)
 
     def check(self) -> None:
-        """Raise AssertionError unless every invariant of this class holds. Waits for the device; for tests and debugging."""
+        """Raise InvalidRequest unless every invariant of this class holds. Waits for the device."""
         from winnow.workers.attention import invariants  # which needs this module
 
         invariants.check(self)

@@ -34,7 +34,7 @@ class Slot:
     state: DecodeState
     layers: tuple[Tensor, ...]
     position: int = 0
-    error: Exception | None = None
+    error: BaseException | None = None
     is_dense: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class DecodeBackend:
             if slot.error is None and not slot.is_dense:
                 try:
                     slot.state.submit(layer, query, slot.position + 1)
-                except Exception as error:
+                except BaseException as error:
                     slot.error = error
         rows = [self._collect(layer, slot, query) for slot, query in zip(slots, queries, strict=True)]
         return rows[0][:, None] if len(rows) == 1 else torch.stack(rows, dim=1)
@@ -87,6 +87,6 @@ class DecodeBackend:
         if slot.error is None:
             try:
                 return slot.state.collect(layer, query, slot.position + 1)
-            except Exception as error:
+            except BaseException as error:
                 slot.error = error
         return torch.zeros_like(query)

@@ -211,7 +211,7 @@ class DecodeEngine:
             job = entry.job
             try:
                 slot = Slot.open(entry.method, job.segment, job.retrieval, strict=job.strict)
-            except Exception as error:
+            except BaseException as error:  # whatever it is, it must not end the thread
                 self._drop(entry, error)
                 continue
             with self._wake:
@@ -230,19 +230,19 @@ class DecodeEngine:
             positions = torch.tensor([slot.position for slot in slots])
             hidden = decoder.forward(tokens, positions, DecodeBackend(slots))
             draws = draw(decoder.logits(hidden), [s.job.sampling for s in batch], [s.generator for s in batch])
-        except Exception as error:  # not one sequence's doing (out of memory, a lost device): none of them can go on
+        except BaseException as error:  # not one sequence's doing (out of memory, a lost device): none of them can go on
             failure = error
             if isinstance(error, torch.OutOfMemoryError):
                 failure = Overloaded("decode: the device has no memory left for this batch; retry later")
             for sequence in batch:
-                self._end(sequence, Failed(failure))
+                self._end(sequence, Failed.of(failure))
             return
         self._counts.steps += 1
         for sequence, drawn in zip(batch, draws, strict=True):
             try:
                 self._take(sequence, drawn)
-            except Exception as error:
-                self._end(sequence, Failed(error))
+            except BaseException as error:
+                self._end(sequence, Failed.of(error))
 
     def _take(self, sequence: _Running, drawn: Draw) -> None:
         """Book one sequence's token and tell its receiver. Raises what ends the sequence."""
@@ -280,7 +280,7 @@ class DecodeEngine:
             log.warning("decode state did not close", request_id=sequence.handle.request_id, error=type(error).__name__)
         self._deliver(sequence.handle, last)
 
-    def _drop(self, entry: _Waiting, error: Exception) -> None:
+    def _drop(self, entry: _Waiting, error: BaseException) -> None:
         """End a sequence that was not admitted: nobody else will close its retrieval session."""
         with self._wake:
             self._waiting.remove(entry)
@@ -289,7 +289,7 @@ class DecodeEngine:
                 entry.job.retrieval.close()
         except Exception as closing:
             log.warning("retrieval session did not close", request_id=entry.handle.request_id, error=type(closing).__name__)
-        self._deliver(entry.handle, Failed(error))
+        self._deliver(entry.handle, Failed.of(error))
 
     def _deliver(self, handle: Handle, last: Event) -> None:
         outcome = "finished"

@@ -207,8 +207,8 @@ class PrefillEngine:
             self._end(
                 task, Failed(Overloaded("prefill: the device has no memory left for this prompt; shorten it or retry later"))
             )
-        except Exception as error:
-            self._end(task, Failed(error))
+        except BaseException as error:  # whatever it is, it must not end the thread
+            self._end(task, Failed.of(error))
         else:
             with self._wake:
                 if task in self._scheduler:

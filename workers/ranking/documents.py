@@ -6,15 +6,15 @@ same keys as a prompt's and is there for the next query. BlockRank's documents a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from winnow.errors import LeaseLost
 from winnow.index.segment import KVSegment
 from winnow.index.store import Lease
 from winnow.workers.attention.backend import LayerSpec, RawQK
@@ -143,28 +143,13 @@ def document_leases(ctx: RankContext, prefixes: Sequence[Sequence[int]]) -> Iter
                 forward_packed(ctx, [s for s, _ in kept], [r for _, r in kept], keep=True)
             for i, r in zip(chosen, rest, strict=True):
                 leases[i].segment.advance(r)
-        # Published together: a lease's time begins here, and reading a long list may take longer than one lease.
         for i in missing:
-            ctx.store.publish(leases[i])
+            ctx.store.publish(leases[i], is_given_away=False)  # a long list takes longer than one lease's time
         yield leases
     finally:
         for lease in leases:
-            ctx.store.release(lease.handle)
-
-
-class Renewal:
-    """Keeps leases alive through a long computation: call it now and then."""
-
-    def __init__(self, ctx: RankContext, leases: Sequence[Lease]) -> None:
-        self._ctx, self._leases = ctx, leases
-        self._every_s = ctx.store.config.lease_s / 3
-        self._last_s = time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._last_s > self._every_s:
-            for lease in self._leases:
-                self._ctx.store.renew(lease.handle)
-            self._last_s = time.monotonic()
+            with suppress(LeaseLost):  # the store was closed; whatever ended the ranking is what its caller must see
+                ctx.store.release(lease.handle)
 
 
 def cut(ids: Sequence[int], limit: int) -> tuple[list[int], bool]:

@@ -12,7 +12,7 @@ from winnow.errors import ContextTooLong, InvalidRequest
 from winnow.registry import Capabilities
 from winnow.types import Document
 from winnow.workers.ranking.base import RankContext, Ranker, rankers
-from winnow.workers.ranking.documents import Renewal, Span, batches, cut, document_leases, forward_packed
+from winnow.workers.ranking.documents import Span, batches, cut, document_leases, forward_packed
 
 
 @rankers.register("likelihood")
@@ -65,9 +65,7 @@ class QueryLikelihood(Ranker):
         heads = [p[:-1] for p in prefixes]
         with torch.inference_mode(), document_leases(ctx, heads) as leases:
             scores: list[float] = []
-            renew = Renewal(ctx, leases)
             for batch in batches([len(query)] * len(prefixes)):
-                renew()
                 spans = [Span(leases[i].segment, len(heads[i]), len(query)) for i in batch]
                 hidden = forward_packed(ctx, spans, [[prefixes[i][-1], *query[:-1]] for i in batch], keep=False)
                 scores += self._mean_logprobs(hidden, query, ctx)

@@ -165,8 +165,32 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(Unsupported, match="float64"):
         attend_plan(None, q.double(), k.double(), v.double(), scale=SCALE)
     csr = random_plan((1, 4, 2, 32, 40, 16, 16), 1, 0.5)
-    with pytest.raises(InvalidRequest, match="partial tiles"):
+    with pytest.raises(InvalidRequest, match="diagonal tiles; build it with"):
         attend_plan(dataclasses.replace(csr, partial=TileLists.empty(2)), q, k, v, scale=SCALE)
+    for options in ({"window": -1}, {"softcap": -1.0}, {"softcap": float("nan")}):
+        with pytest.raises(InvalidRequest, match="window and softcap"):
+            attend_plan(None, q, k, v, scale=SCALE, **options)  # type: ignore[arg-type]
+
+
+def test_plans_that_no_constructor_made_are_looked_at_before_they_run() -> None:
+    """An empty interval ends the process in torch's kernel, a future tile would be read, and so on."""
+    q, k, v = tensors(1, 4, 2, 32, 40)
+    rows = TilePlan.intervals(torch.tensor([0, 40]).expand(1, 1, 32, 2), n_keys=40, block_q=16, block_k=16)
+    assert rows.row_intervals is not None
+    csr = random_plan((1, 4, 2, 32, 40, 16, 16), 1, 0.5)
+    future = TileLists(csr.full.offsets.clone(), csr.full.ids + 2)
+    for broken, word in (
+        (dataclasses.replace(rows, row_intervals=rows.row_intervals * 0), "row_intervals"),
+        (dataclasses.replace(rows, row_intervals=rows.row_intervals + 1), "causality"),
+        (dataclasses.replace(rows, kinds=frozenset({HeadClass.CSR})), "kinds"),
+        (dataclasses.replace(csr, full=future), "full"),
+        (dataclasses.replace(csr, residual=[]), "residual"),
+    ):
+        with pytest.raises(InvalidRequest, match=word):
+            attend_plan(broken, q, k, v, scale=SCALE)
+    same = dataclasses.replace(csr)
+    assert csr.is_made and not same.is_made
+    assert torch.equal(attend_plan(same, q, k, v, scale=SCALE)[0], attend_plan(csr, q, k, v, scale=SCALE)[0])
 
 
 def test_kinds_of_heads_meet_in_one_plan() -> None:

@@ -198,7 +198,7 @@ def test_check_finds_what_is_broken(broken: object) -> None:
         token_columns=TileLists.from_ids(torch.tensor([0, 7]).expand(4, 2)),
     )  # fmt: skip
     plan.check()
-    with pytest.raises(AssertionError):
+    with pytest.raises(InvalidRequest):
         broken(plan).check()  # type: ignore[operator]
 
 
@@ -227,9 +227,9 @@ def test_intervals_are_cut_to_what_a_row_may_read() -> None:
         TilePlan.intervals(wanted[None, None, :, :1], n_keys=8)
     with pytest.raises(InvalidRequest, match="row_intervals must be"):
         TilePlan.intervals(wanted, n_keys=8)
-    with pytest.raises(AssertionError, match="row_intervals: missing"):
+    with pytest.raises(InvalidRequest, match="row_intervals: missing"):
         dataclasses.replace(plan, row_intervals=None).check()
-    with pytest.raises(AssertionError, match="causality"):
+    with pytest.raises(InvalidRequest, match="causality"):
         dataclasses.replace(plan, row_intervals=plan.row_intervals + 1).check()
 
 
@@ -245,15 +245,27 @@ def test_a_streaming_head_needs_a_window() -> None:
         TilePlan.streaming(batch=1, mask_heads=1, n_rows=4, n_keys=4, sink=1, recent=0)
 
 
+@pytest.mark.parametrize("far", [2**31, 2**32 + 5, 2**40])
+def test_a_window_beyond_the_keys_is_all_of_them(far: int) -> None:
+    plan = TilePlan.streaming(batch=1, mask_heads=1, n_rows=4, n_keys=9, sink=0, recent=far)
+    mask, one = torch.zeros(1, 1, 1, 3, dtype=torch.bool), torch.ones(1, 1, dtype=torch.int64)
+    for sink, recent in ((0, far), (far, 1)):
+        given = TilePlan.from_mask(
+            mask, n_rows=4, n_keys=9, block_q=4, block_k=4, head_class=one * int(HeadClass.STREAMING), sink=one * sink,
+            recent=one * recent,
+        )  # fmt: skip
+        assert plan.density() == given.density() == 1.0
+
+
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"head_class": torch.full((1, 2), 2)}, r"head_class must begin with \[B, Hm\] = \[2, 2\], got \[1, 2\]"),
-        ({"head_class": torch.full((2,), 2)}, "head_class must begin"),
+        ({"head_class": torch.full((1, 2), 2)}, r"head_class must be \[B, Hm\] = \[2, 2\], got \[1, 2\]"),
+        ({"head_class": torch.full((2,), 2)}, "head_class must be"),
         ({"head_class": torch.full((2, 2), 7)}, r"0 to 3, got \[7\]"),
         ({"head_class": torch.full((2, 2), int(HeadClass.STREAMING)), "sink": torch.ones(2, 2)}, "sink and recent"),
         ({"head_class": torch.full((2, 2), int(HeadClass.INTERVAL))}, "needs row_intervals"),
-        ({"sink": torch.ones(2, 1)}, "sink must begin"),
+        ({"sink": torch.ones(2, 1)}, "sink must be"),
         ({"row_intervals": torch.ones(1, 2, 8, 2)}, "row_intervals must begin"),
     ],
 )

@@ -43,11 +43,11 @@ class WatchedState(DenseState):
                 self.method.reached.set()
                 assert self.method.go.wait(WAIT_S)
             if self.n == self.method.submit_fails_at:
-                raise RuntimeError("poisoned submit")
+                raise self.method.error("poisoned submit")
 
     def collect(self, layer: Any, q: Any, n_cached: int) -> Any:
         if layer.idx == 1 and self.n == self.method.collect_fails_at:
-            raise RuntimeError("poisoned collect")
+            raise self.method.error("poisoned collect")
         out = super().collect(layer, q, n_cached)
         return out * torch.nan if self.n == self.method.nan_at else out
 
@@ -63,6 +63,7 @@ class Watched(DecodeMethod):
     pause_at: int = 0
     submit_fails_at: int = 0
     collect_fails_at: int = 0
+    error: type[BaseException] = RuntimeError
     nan_at: int = 0
     reached: threading.Event = field(default_factory=threading.Event)
     go: threading.Event = field(default_factory=threading.Event)
@@ -275,9 +276,17 @@ def test_cancel_after_the_end_changes_nothing(rig: MakeRig) -> None:
 
 @pytest.mark.promise("R3")
 @pytest.mark.parametrize(
-    "poison", [{"submit_fails_at": 3}, {"collect_fails_at": 3}, {"nan_at": 3}], ids=["submit", "collect", "nan"]
+    "poison",
+    [
+        {"submit_fails_at": 3},
+        {"collect_fails_at": 3},
+        {"nan_at": 3},
+        {"submit_fails_at": 3, "error": SystemExit},
+        {"collect_fails_at": 3, "error": SystemExit},
+    ],
+    ids=["submit", "collect", "nan", "submit-panics", "collect-panics"],
 )
-def test_a_poisoned_sequence_ends_alone(rig: MakeRig, poison: dict[str, int]) -> None:
+def test_a_poisoned_sequence_ends_alone(rig: MakeRig, poison: dict[str, Any]) -> None:
     r = rig()
     prompts = [prompt(30 + i, seed=i) for i in range(4)]
     expected = [r.generate(p, 12) for p in prompts]

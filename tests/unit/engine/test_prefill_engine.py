@@ -61,9 +61,14 @@ class Tail(PrefillMethod):
 class Broken(PrefillMethod):
     caps: ClassVar[Capabilities] = Capabilities()
     name: ClassVar[str] = "broken"
+    error: BaseException
 
     def plan(self, q: Any, k: Any, layer: Any, raw: Any = None) -> TilePlan | None:
-        raise RuntimeError("no plan today")
+        raise self.error
+
+
+class Panic(BaseException):
+    """As what comes out of a library's native code."""
 
 
 def kv_of(result: PrefillResult) -> torch.Tensor:
@@ -398,12 +403,14 @@ def test_cancel_while_queued_ends_before_any_work(rig: MakeRig) -> None:
 
 
 @pytest.mark.promise("R3")
-def test_a_failing_method_fails_its_job_alone(rig: MakeRig) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no plan today"), Panic("no plan today"), SystemExit("no plan today")])
+def test_a_failing_method_fails_its_job_alone(rig: MakeRig, error: BaseException) -> None:
     r = rig()
     inbox = Inbox()
-    wait(r.prefill.submit(PrefillJob("r", prompt(100), method=Broken()), inbox))
+    wait(r.prefill.submit(PrefillJob("r", prompt(100), method=Broken(error)), inbox))
     events = [inbox.next(), inbox.next()]
-    assert isinstance(events[1], Failed) and str(events[1].error) == "no plan today"
+    assert isinstance(events[1], Failed) and isinstance(events[1].error, RuntimeError)
+    assert str(events[1].error).endswith("no plan today")
     r.assert_idle()
     assert r.run_prefill(prompt(100)).segment.n_tokens == 99
 

@@ -69,8 +69,8 @@ class Entry:
 
 def usable(entry: Entry, tokens: list[int], tenant: str, method: str, context: int) -> int:
     """Leading tokens of `tokens` that this entry may serve, by the rules in words: same tenant and method; for an exact method
-    whole blocks, or the entry whole; for others the same context that both end apart, or the same whole, or chunks that are whole
-    in both."""
+    all that they share, if it is a block at least or the entry whole; for others the same context that both end apart, or the
+    same whole, or chunks that are whole in both."""
     if (entry.tenant, entry.method) != (tenant, method):
         return 0
     common = next(
@@ -84,7 +84,7 @@ def usable(entry: Entry, tokens: list[int], tenant: str, method: str, context: i
             if not is_joined(context, tokens) and not is_joined(entry.context, entry.tokens):
                 return ours
         return min(common, ours, theirs) // CHUNK[method] * CHUNK[method] if CHUNK[method] else 0
-    return common if common == len(entry.tokens) else common // BLOCK * BLOCK
+    return common if common == len(entry.tokens) or common >= BLOCK else 0
 
 
 def is_joined(context: int, tokens: list[int]) -> bool:
@@ -193,8 +193,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.last_fencing = lease.fencing
         salt = salt_of(tokens, tenant, method, context)
         assert_holds(lease.segment, tokens[: lease.cached_tokens], salt)
-        expires = self.now + LEASE_S if lease.is_shared else None
-        granted = Granted(lease, list(tokens), len(tokens), salt, use_cache, tenant, method, expires)
+        granted = Granted(lease, list(tokens), len(tokens), salt, use_cache, tenant, method, None)
         self.live.append(granted)
         gone = before - self.on_disk()
         if lease.is_shared:
@@ -203,8 +202,11 @@ class StoreMachine(RuleBasedStateMachine):
         assert not gone - set(self.entries), "only entries are evicted"
         if gone:
             assert spare < need, "evicted without need"
-        if lease.cached_tokens != best:
-            assert lease.cached_tokens == 0 and spare < need, "only a tight budget may cost a hit"
+        if lease.cached_tokens != best and lease.cached_tokens == 0:
+            assert spare < need, "only a tight budget may cost a hit"
+        elif lease.cached_tokens != best:
+            least = best // BLOCK * BLOCK  # entries that share equally many whole blocks are not told apart by the rest
+            assert not method and least <= lease.cached_tokens < best
         for sid in gone:
             self.entries.pop(sid, None)
         if not lease.is_shared:
@@ -235,9 +237,14 @@ class StoreMachine(RuleBasedStateMachine):
         handle = self.store.publish(granted.lease)
         assert handle.checksum and handle.n_tokens == len(granted.tokens)
         granted.expires = self.now + LEASE_S
+        own = context or len(granted.tokens)
         known = any(
-            (e.tokens, e.tenant, e.method) == (granted.tokens, tenant, method)
-            and (not method or (e.context or len(e.tokens)) == (context or len(granted.tokens)))
+            (e.tenant, e.method) == (tenant, method)
+            and (
+                (e.tokens == granted.tokens and (not method or (e.context or len(e.tokens)) == own))
+                # all of it is the context, and one that ended apart in another entry serves it as well
+                or (method and own == len(granted.tokens) == e.context != JOINED and e.tokens[:own] == granted.tokens)
+            )
             for e in self.entries.values()
         )
         if granted.use_cache and granted.tokens and not known and not granted.lease.is_shared:

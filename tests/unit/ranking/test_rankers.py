@@ -181,6 +181,34 @@ def test_a_cancelled_ranking_leaves_no_lease(name: str, ctx: RankContext) -> Non
         rankers.create(name).rank("sort", documents(TEXTS), RankContext(ctx.model, ctx.store, check_cancelled=check))
 
 
+@pytest.mark.promise("R13")
+@pytest.mark.parametrize("name", rankers.names())
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_ranking_longer_than_a_lease_keeps_its_documents_and_lets_them_go(name: str, ends: bool, ctx: RankContext) -> None:
+    """Some documents come out of the cache, others are read, and each forward pass takes longer than a lease."""
+    now = [0.0]
+    ctx.store._clock = lambda: now[0]
+    docs = documents(TEXTS)
+    expected = rankers.create(name).rank("sort", docs[:3], ctx)
+
+    def check() -> None:
+        now[0] += 2 * ctx.store.config.lease_s
+        ctx.store.sweep()
+        if not ends:
+            raise Cancelled("given up")
+
+    slow = RankContext(ctx.model, ctx.store, check_cancelled=check)
+    if not ends:
+        with pytest.raises(Cancelled):
+            rankers.create(name).rank("sort", docs, slow)
+        return
+    assert len(rankers.create(name).rank("sort", docs, slow).items) == len(docs)
+    again = rankers.create(name).rank("sort", docs[:3], slow)
+    assert [(item.doc_id, pytest.approx(item.score, abs=1e-5)) for item in expected.items] == [
+        (item.doc_id, item.score) for item in again.items
+    ]
+
+
 @pytest.mark.parametrize("name", rankers.names())
 def test_a_query_as_long_as_the_context_is_refused(name: str, ctx: RankContext) -> None:
     with pytest.raises(ContextTooLong, match="query"):
