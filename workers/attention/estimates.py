@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from winnow.errors import InvalidRequest
 from winnow.workers.attention.kernels import kernel_module
 from winnow.workers.attention.plain import plain, rows_at_once
 from winnow.workers.attention.plan import HeadClass, TilePlan
@@ -17,6 +18,9 @@ def estimates(
     """Every estimate the plan asks for: out [B, Hq, N, D] and lse [B, Hq, N] each, lse -inf where a row has none.
 
     Args: as `attend_plan`.
+
+    Raises:
+        InvalidRequest: an estimator returned other shapes.
     """
     found: list[tuple[Tensor, Tensor]] = []
     if plan.mean_correction:
@@ -24,7 +28,11 @@ def estimates(
     if isinstance(plan.residual, tuple):
         found.append(plan.residual)
     elif plan.residual is not None:
-        found.append(plan.residual(q, k, v, scale=scale, softcap=softcap))
+        out, lse = plan.residual(q, k, v, scale=scale, softcap=softcap)
+        if (out.shape, lse.shape) != (q.shape, q.shape[:3]):  # one that broadcasts would be merged all the same
+            got = f"{list(out.shape)} and {list(lse.shape)}"
+            raise InvalidRequest(f"plan: its residual must return {list(q.shape)} and {list(q.shape[:3])}, got {got}")
+        found.append((out, lse))
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,15 +100,36 @@ def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unrounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `rounded` stored as float32, and what it did not as it is."""
+    """What `rounded` stored as float32, and what it did not as it is.
+
+    Raises:
+        ValueError: a scale that `rounded` does not make.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(_SCALE):
             continue
         step = tensors.get(name + _SCALE)
+        if step is not None and not (
+            tensor.dtype == torch.int8 and step.is_floating_point() and step.dim() == 2 and step.shape == tensor.shape[:2]
+        ):
+            raise ValueError(f"{name}{_SCALE} does not fit {name}")
         wide = tensor.float() if tensor.is_floating_point() or step is not None else tensor
         found[name] = wide if step is None else wide * step.float()[(..., *[None] * (tensor.dim() - 2))]
     return found
+
+
+def are_numbers(tensors: Iterable[Tensor]) -> bool:
+    """Whether these can be learnt parameters: floating point, not codes without their scale, and finite in float32."""
+    return all(tensor.is_floating_point() and bool(tensor.float().isfinite().all()) for tensor in tensors)
+
+
+def whole_number(tensor: Tensor | None, least: int, most: int) -> int | None:
+    """The whole number that a tensor of one element holds; None where it does not, or the number is not in least .. most."""
+    if tensor is None or tensor.numel() != 1:
+        return None
+    number = float(tensor)
+    return int(number) if least <= number <= most and number.is_integer() else None
 
 
 @functools.lru_cache(maxsize=32)

@@ -13,6 +13,7 @@ from winnow.workers.prefill import scoring
 from winnow.workers.prefill.scoring import keep_top
 
 HIDDEN = 256
+MOST_REACH = 4096  # tokens on each side of a gap; what attends over them grows with its square
 _HEADS = 8
 _EPS = 1e-5
 
@@ -111,8 +112,17 @@ def pick_borders(scores: Tensor, *, threshold: float, apart: int, most: int) -> 
     Returns:
         [B, T] bool.
     """
-    padded = F.pad(scores, (apart, apart), value=-torch.inf)
-    after = F.max_pool1d(padded[:, None, apart:], apart + 1, stride=1)[:, 0]
-    before = F.max_pool1d(padded[:, None, : -apart - 1], apart, stride=1)[:, 0]
+    before = F.pad(_largest_upto(scores, apart)[:, :-1], (1, 0), value=-torch.inf)
+    after = _largest_upto(scores.flip(-1), apart + 1).flip(-1)
     peak = (scores > threshold) & (scores >= after) & (scores > before)
     return keep_top(scores.masked_fill(~peak, -torch.inf), most)
+
+
+def _largest_upto(x: Tensor, width: int) -> Tensor:
+    """x [B, T] -> [B, T]: the largest of each entry and the width - 1 before it. Cost: O(B T log(min(width, T)))."""
+    width, seen = min(width, x.shape[-1]), 1  # a user's width may be beyond any memory
+    while seen < width:
+        step = min(seen, width - seen)
+        x = torch.maximum(x, F.pad(x[:, :-step], (step, 0), value=-torch.inf))
+        seen += step
+    return x

@@ -58,7 +58,7 @@ class Squares:
 
     def draws(self, kv_heads: int, head_size: int, m: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """For each level: directions [H, D, bits] and, for every square, sampled keys [H, squares, S] int64 counted from its
-        first key; H = 1 or, with `per_head`, the KV heads. Drawn on the CPU: the same on every device."""
+        first key; H = 1 or, with `per_head`, the KV heads given here. Drawn on the CPU: the same on every device."""
         gen = torch.Generator().manual_seed((self.method.seed << 16) + self.layer_idx)
         heads = kv_heads if self.method.per_head else 1
         directions = torch.randn(heads, head_size, self.method.bits, generator=gen)
@@ -134,10 +134,11 @@ class Squares:
         place = (torch.arange(size, device=order.device) // found.width).expand_as(order)
         block = torch.empty_like(order).scatter_(-1, order, place).gather(-1, picks)
         block = block.masked_fill(found.sunk.expand_as(order).gather(-1, picks), -1)
-        count = torch.full_like(picks[0, 0, :, :1].float(), float(self.method.samples))
-        if self.method.samples < size:
+        samples = min(self.method.samples, size)  # a user's number may be more than a tensor holds
+        count = torch.full_like(picks[0, 0, :, :1].float(), float(samples))
+        if samples < size:
             count = (~found.sunk).sum(-1, keepdim=True).float()  # with every key once each stands for itself
-        return picks, block, (count[:, 0] / self.method.samples).log()
+        return picks, block, (count[:, 0] / samples).log()
 
     def _fused(self, kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The same by kernels that read rows and keys where they lie."""

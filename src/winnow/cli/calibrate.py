@@ -47,6 +47,7 @@ def calibrate(
         from winnow.workers.model.loader import load_model
         from winnow.workers.prefill import calibration
         from winnow.workers.prefill.training import forget, trainer
+        from winnow.workers.prefill.training.options import need_seed
 
         try:
             train = trainer(method)  # before a model is loaded for nothing
@@ -55,6 +56,7 @@ def calibrate(
             hint = f"; did you mean {close[0]!r}?" if close else ""
             known = ", ".join(LEARNERS)
             raise UnknownName(f"calibrate: no method {method!r:.40} that learns{hint} (known: {known})") from None
+        need_seed(method, seed)
         started = time.monotonic()
         with stage_bars(shown=not as_json) as on_stage:
             loaded = load_model(model, dtype=dtype, device=device, on_progress=on_stage)

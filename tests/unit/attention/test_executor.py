@@ -188,6 +188,12 @@ def test_plans_that_no_constructor_made_are_looked_at_before_they_run() -> None:
     ):
         with pytest.raises(InvalidRequest, match=word):
             attend_plan(broken, q, k, v, scale=SCALE)
+
+    def too_few(q: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return q[:, :1].float(), q[:, :1, :, 0].float()
+
+    with pytest.raises(InvalidRequest, match="its residual must return"):
+        attend_plan(dataclasses.replace(csr, residual=too_few), q, k, v, scale=SCALE)
     same = dataclasses.replace(csr)
     assert csr.is_made and not same.is_made
     assert torch.equal(attend_plan(same, q, k, v, scale=SCALE)[0], attend_plan(csr, q, k, v, scale=SCALE)[0])

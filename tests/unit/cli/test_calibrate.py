@@ -85,6 +85,8 @@ def test_methods_that_cannot_be_calibrated_are_refused_before_a_model_is_loaded(
         (["--option", "stepz=1"], "no option 'stepz' (it has: tokens, passages"),
         (["--option", "steps=few"], "steps must be a whole number, got 'few'"),
         (["--option", "tokens=4096"], "context of 2048 tokens"),
+        (["--seed", str(1 << 31)], "calibrate seerattention: --seed must be 0 to 2147483647, got 2147483648; 0 is the default"),
+        (["--option", "rate=1e30", "--option", "tokens=256", "--option", "passages=2", "--option", "steps=3"], "rate=1e+30 is"),
         (["--dtype", "fp8"], "--dtype (model.dtype): must be auto, fp32, fp16 or bf16, got 'fp8'"),
         (["--device", "tpu"], "--device (model.device): must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["--model", "/nowhere"], "no folder or file 'nowhere'"),
@@ -97,6 +99,11 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(
     done = winnow("calibrate", "seerattention", "--model", str(folder), "--device", "cpu", *extra)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and words in done.stderr
     assert not list((own_home / "calibration").glob("*.safetensors"))
+
+
+def test_a_seed_out_of_range_is_refused_before_a_model_is_loaded(winnow: Winnow) -> None:
+    done = winnow("calibrate", "dhsa-v1", "--model", "/nowhere", "--seed", str(10**14))
+    assert done.returncode == 2 and "--seed must be 0 to 2147483647" in done.stderr
 
 
 def test_a_calibration_that_cannot_be_saved_is_kept_for_the_next_try(winnow: Winnow, tmp_path: Path, own_home: Path) -> None:

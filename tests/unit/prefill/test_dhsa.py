@@ -226,3 +226,15 @@ def test_density_one_short_prompts_and_layers_with_a_window_are_dense(mask: str)
 def test_bad_parameters_are_refused_by_name(params: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest, match=field):
         DHSA(**params)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "bands"])
+@pytest.mark.parametrize("mask", ["topk", "a"])
+def test_what_follows_steers_pooled_masks_through_the_temperatures_of_bands_alone(mask: str, pooling: str) -> None:
+    x = s7_mixture(Shape(768, 768), 9)
+    q, k = x.q.clone(), x.k.clone()
+    q[:, :, 384:, :8] *= 6
+    k[:, :, 384:, :8] *= 6
+    method = DHSA(mask, density=0.4, block_q=64, pooling=pooling)
+    whole, before = plan_of(method, q, k).to_dense_mask(), plan_of(method, q[:, :, :384], k[:, :, :384]).to_dense_mask()
+    assert torch.equal(whole[:, :, :384, :384], before) == (pooling == "mean")

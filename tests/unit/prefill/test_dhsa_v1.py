@@ -20,6 +20,7 @@ from winnow.workers.attention.executor import attend_plan
 from winnow.workers.attention.plan import TilePlan
 from winnow.workers.model.loader import LoadedModel
 from winnow.workers.prefill import calibration, scoring
+from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.chunk_borders import BorderPredictor, parameter_shapes, pick_borders
 from winnow.workers.prefill.methods.dhsa_v1 import Chunks, DHSAv1, Predictors
 
@@ -184,6 +185,38 @@ def test_of_equal_scores_the_first_is_the_border() -> None:
     assert pick_borders(torch.full((1, 30), 2.0), threshold=1.0, apart=8, most=9).nonzero().tolist() == [[0, 0]]
 
 
+@pytest.mark.parametrize("apart", [300, 10**9, 10**25])
+def test_a_distance_beyond_the_text_leaves_its_highest_border(apart: int) -> None:
+    scores = torch.randn(2, 300, generator=torch.Generator().manual_seed(2))
+    borders = pick_borders(scores, threshold=0.0, apart=apart, most=9)
+    assert borders.nonzero().tolist() == [[0, int(scores[0].argmax())], [1, int(scores[1].argmax())]]
+
+
+@pytest.mark.parametrize("name", ["instruction", "chunk_tokens", "borders_per_block", "apart"])
+def test_a_number_beyond_the_prompt_means_all_of_it(name: str) -> None:
+    """The registry takes whole numbers that no tensor holds."""
+    x = s7_mixture(Shape(300, 300), 2)
+    plans = []
+    for value in (300, 10**25):
+        method = prefill_methods.create("dhsa-v1", {**SMALL, "threshold": "-9", name: str(value)})
+        assert isinstance(method, DHSAv1)
+        plans.append(plan_of(method.with_predictors(random_predictors()), x.q, x.k).to_dense_mask())
+    assert torch.equal(*plans)
+
+
+@pytest.mark.parametrize(
+    ("shape", "local", "most"),
+    [(Shape(512, 512), 32, 0), (Shape(512, 512), 1, 31), (Shape(512, 543), 32, 31), (Shape(512, 543), 1, 62)],
+    ids=str,
+)
+def test_a_block_reads_its_budget_and_those_of_its_own_keys_that_it_did_not_choose(shape: Shape, local: int, most: int) -> None:
+    x = s7_mixture(shape, 2)
+    method = DHSAv1(**SMALL | {"local": local, "instruction": 0}, chunk_tokens=16)
+    kept = plan_of(method, x.q, x.k).to_dense_mask()[0, 0].unflatten(0, (-1, 32)).any(1).sum(-1)  # keys a block reads
+    assert int(kept.max()) <= 160 + most
+    assert int(kept.max()) > 160 + most // 2 - 1
+
+
 @torch.no_grad()
 def test_the_predictor_is_attention_norm_and_a_small_network_over_the_halves() -> None:
     """Against torch.nn's attention and layers, gap by gap, at the ends of the text too."""
@@ -244,6 +277,31 @@ def test_predictors_come_from_the_models_calibration(stacks: int, monkeypatch: p
         DHSAv1().bind(model_named("cafe" * 8, heads=4))
     with pytest.raises(CorruptBlock, match="does not fit"):
         DHSAv1().bind(model_named("cafe" * 8, layers=5))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"qkv": torch.tensor(1.0)},
+        {"score_bias": torch.tensor(1.0)},
+        {"hidden": torch.zeros(0)},
+        {"norm": torch.full((1, CHANNELS), math.nan)},
+        {"out": torch.full((1, CHANNELS, CHANNELS), math.inf)},
+        {"out": torch.ones(1, CHANNELS, CHANNELS, dtype=torch.int8)},
+        {"score": torch.full((1, 256), 1e300, dtype=torch.float64)},
+        {"deviation": torch.zeros(1, CHANNELS)},
+        {"reach": torch.tensor([4, 4])},
+        {"reach": torch.tensor(math.nan)},
+        {"reach": torch.tensor(2.5)},
+        *({"reach": torch.tensor(reach)} for reach in (0, -1, 10**9)),
+    ],
+    ids=lambda changed: f"{next(iter(changed))}-{next(iter(changed.values())).flatten()[:1].tolist()}",
+)
+def test_predictors_that_make_no_sense_are_refused(changed: dict[str, Tensor]) -> None:
+    whole = random_tensors()
+    assert Predictors.of(whole, 1, CHANNELS, torch.device("cpu")).of_layer[0].reach == 4
+    with pytest.raises(CorruptBlock, match="winnow calibrate dhsa-v1"):
+        Predictors.of({**whole, **changed}, 1, CHANNELS, torch.device("cpu"))
 
 
 def test_without_a_predictor_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from selection import LAYER, kept_mass, plan_of
 from torch import Tensor
 from workloads import Shape, s4_segments
 
-from winnow.errors import ContextTooLong, InvalidRequest
+from winnow.errors import ContextTooLong, InvalidRequest, Unsupported
 from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.model.tiny import make_tiny_model
 from winnow.workers.prefill import calibration
@@ -27,6 +27,7 @@ from winnow.workers.prefill.training.dhsa_v1 import (
     focal_loss,
     mean_attention,
     measure,
+    of_all_layers,
     roc_area,
     train,
     usable_gaps,
@@ -77,6 +78,13 @@ def test_the_area_under_the_roc_curve_counts_pairs_in_order() -> None:
     pairs = [(a, b) for a in scores[kinds] for b in scores[~kinds]]
     assert roc_area(scores, kinds) == pytest.approx(sum(float(a > b) for a, b in pairs) / len(pairs))
     assert math.isnan(roc_area(scores, torch.ones(5, dtype=torch.bool)))
+
+
+def test_ties_count_half_in_the_area_wherever_they_stand() -> None:
+    first = torch.arange(10) < 3
+    assert roc_area(torch.zeros(10), first) == roc_area(torch.zeros(10), ~first) == 0.5
+    scores, kinds = torch.tensor([1.0, 2.0, 2.0, 3.0, 2.0]), torch.tensor([False, True, False, True, False])
+    assert roc_area(scores, kinds) == pytest.approx((1 + 0.5 + 0.5 + 3) / 6)
 
 
 def planted_edges(k: Tensor) -> Tensor:
@@ -166,6 +174,39 @@ def test_a_trained_model_cuts_with_its_own_predictors(model: LoadedModel, per_la
         plan.check()
 
 
+@pytest.mark.parametrize("per_layer", [0, 1])
+def test_layers_with_a_window_are_not_learnt_from(tmp_path: Path, per_layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = load_model(str(make_tiny_model(tmp_path / "mixed", "gemma3", seed=1)), dtype="fp32", device="cpu")
+    assert [layer.window > 0 for layer in mixed.spec.layers] == [True, False]
+    used: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        "winnow.workers.prefill.training.dhsa_v1.measure",
+        lambda trainee, unseen: (used.append((*unseen["keys"].shape[:2], *trainee.mean.shape)), measure(trainee, unseen))[1],
+    )
+    tensors, _ = trainer("dhsa-v1")(mixed, per_layer=per_layer, **QUICK)
+    channels = mixed.spec.n_kv_heads * mixed.spec.head_size
+    assert used == [(1, 1, 1, channels)] * 2  # passages, layers of them, layers known
+    predictors = Predictors.of(tensors, 2, channels, torch.device("cpu"))
+    assert len(predictors.of_layer) == 2 and tensors["mean"].shape == (2, channels)
+
+
+def test_predictors_of_some_layers_stand_where_the_model_has_those() -> None:
+    seen = {"keys": torch.randn(2, 2, 40, 8).half(), "labels": torch.rand(2, 2, 31)}
+    for per_layer in (0, 1):
+        own = Trainee(seen, 1 + per_layer, Options(tokens=40, per_layer=per_layer), 0).tensors()
+        whole = of_all_layers(own, [1, 3], 4)
+        assert whole["mean"].shape == (4, 8) and torch.equal(whole["mean"][[1, 3]], own["mean"])
+        assert torch.equal(whole["deviation"][[1, 3]], own["deviation"])
+        assert torch.equal(whole["qkv"][[1, 3]] if per_layer else whole["qkv"], own["qkv"])
+        assert len(Predictors.of(whole, 4, 8, torch.device("cpu")).of_layer) == 4
+
+
+def test_a_model_with_windows_everywhere_is_refused(tmp_path: Path) -> None:
+    windowed = load_model(str(make_tiny_model(tmp_path / "windowed", "mistral")), dtype="fp32", device="cpu")
+    with pytest.raises(Unsupported, match="every layer has a window"):
+        trainer("dhsa-v1")(windowed, **QUICK)
+
+
 def test_a_stopped_training_goes_on_and_ends_where_a_whole_one_does(model: LoadedModel) -> None:
     options = {**QUICK, "batch": 8}
     whole, _ = trainer("dhsa-v1")(model, **options)
@@ -186,6 +227,7 @@ def test_a_stopped_training_goes_on_and_ends_where_a_whole_one_does(model: Loade
     ("options", "field"),
     [
         ({"reach": 0}, "reach"),
+        ({"reach": 5000, "tokens": 100_000}, "reach"),
         ({"tokens": 16}, "tokens"),
         ({"passages": 0}, "passages"),
         ({"rate": 0}, "rate"),

@@ -254,6 +254,27 @@ def test_seed_layer_and_heads_decide_the_draws() -> None:
         assert not torch.equal(residual(), other)
 
 
+def test_more_samples_than_a_tensor_can_count_are_every_key_once() -> None:
+    x = s1_noise(Shape(256, 256), 7)
+    outs = [
+        attend_plan(plan_of(HyperAttention(**{**SMALL, "samples": n}), x.q, x.k)[0], x.q, x.k, x.v, scale=LAYER.scale)[0]
+        for n in (256, 10**25)
+    ]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_heads_may_be_split_where_it_says_so(per_head: bool) -> None:
+    x = s7_mixture(Shape(256, 256), 8)
+    method = HyperAttention(**SMALL, per_head=per_head)
+    whole, _ = attend_plan(plan_of(method, x.q, x.k)[0], x.q, x.k, x.v, scale=LAYER.scale)
+    q, k, v = x.q[:, 2:], x.k[:, 1:], x.v[:, 1:]
+    plan = method.plan(q, k, LayerSpec(3, 2, 1, D, LAYER.scale))
+    half, _ = attend_plan(plan, q, k, v, scale=LAYER.scale)
+    assert torch.allclose(whole[:, 2:], half, atol=1e-5) == method.caps.tensor_parallel == (not per_head)
+    assert HyperAttention.caps.tensor_parallel
+
+
 def test_slabs_of_heads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = s7_mixture(Shape(256, 256), 8)
     for per_head in (False, True):

@@ -295,6 +295,51 @@ def test_a_calibration_that_does_not_fit_is_refused(change: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "changed",
+    [
+        {"longest": torch.tensor([700, 700])},
+        {"longest": torch.tensor(math.nan)},
+        {"longest": torch.tensor(0)},
+        {"longest": torch.tensor(10**9)},
+        {"row_b": torch.full((2, 8), math.nan)},
+        {"encode_w": torch.ones(2, 2 * D, 3 * D, dtype=torch.int8)},
+        {"encode_w": torch.ones(2, 2 * D, 3 * D, dtype=torch.int8), "encode_w.scale": torch.ones(2, 5)},
+        {"encode_w": torch.ones(2, 2 * D, 3 * D, dtype=torch.int8), "encode_w.scale": torch.tensor(1.0)},
+        {"encode_w": torch.ones(2, 2 * D, 3 * D, dtype=torch.int8), "encode_w.scale": torch.full((2, 2 * D), math.inf)},
+    ],
+    ids=lambda changed: "-".join(f"{name}{tuple(tensor.shape)}" for name, tensor in changed.items()),
+)
+def test_a_calibration_that_makes_no_sense_is_refused(changed: dict[str, Tensor]) -> None:
+    whole = {**network().tensors, "longest": torch.tensor(700)}
+    assert changed.get("row_b", whole["row_b"]).shape == whole["row_b"].shape
+    assert changed.get("encode_w", whole["encode_w"]).shape == whole["encode_w"].shape
+    with pytest.raises(CorruptBlock, match="winnow calibrate sea"):
+        Network.of({**whole, **changed}, SPEC, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["q", "k", "network"])
+def test_numbers_that_are_not_finite_leave_as_many_cells_as_ever(value: float, where: str) -> None:
+    """The room for lists is taken before anybody looks at scores."""
+    x, sea = s1_noise(Shape(200, 200), 13), method()
+    expected = plan_of(sea, x).to_dense_mask()
+    if where == "network":
+        assert sea.network is not None
+        tensors = {name: tensor.clone() for name, tensor in sea.network.tensors.items()}
+        tensors["mix_b"][:] = value
+        sea = SEA(k=8).with_network(Network(SIZES, tensors))
+    else:
+        getattr(x, where)[0, 1, 150:153] = value
+    plan = plan_of(sea, x)
+    attend_plan(plan, x.q, x.k, x.v, scale=LAYER.scale)
+    if where == "network":
+        return
+    assert torch.equal(plan.to_dense_mask()[:, :, :128], expected[:, :, :128])  # the scan's chunks before it
+    cells = sea.choose(torch.full((1, HEADS, 1, COLUMNS), value), torch.tensor([99]))
+    assert int(cells.sum()) == int(sea.count(torch.tensor([99]), HEADS, COLUMNS))
+
+
+@pytest.mark.parametrize(
     ("params", "field"),
     [({"k": 0}, "k must"), ({"oversample": 0.0}, "oversample"), ({"oversample": math.inf}, "oversample"), ({"sink": -1}, "sink")],
 )

@@ -24,6 +24,7 @@ from winnow.workers.prefill import calibration, scoring
 from winnow.workers.prefill.base import PrefillMethod
 from winnow.workers.prefill.methods.seerattention import (
     BLOCK,
+    Gates,
     SeerAttention,
     gate_frequencies,
     gate_logits,
@@ -274,6 +275,23 @@ def test_gates_that_do_not_fit_the_model_are_refused(model: LoadedModel, name: s
     calibration.save("seerattention", model.fingerprint, {key: x for key, x in tensors.items() if key != name}, {})
     with pytest.raises(CorruptBlock, match="do not fit this model"):
         SeerAttention().bind(model)
+
+
+@pytest.mark.parametrize("width", [0, 7])
+def test_gates_of_an_odd_width_or_none_are_refused(model: LoadedModel, width: int) -> None:
+    tensors = {"q": torch.zeros(2, 4, 16, width), "k": torch.zeros(2, 2, 48, width)}
+    with pytest.raises(CorruptBlock, match="do not fit this model"):
+        Gates.of(tensors, model.spec, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gates_that_are_not_finite_are_refused(model: LoadedModel, name: str, value: float) -> None:
+    tensors = {"q": torch.zeros(2, 4, 16, 8), "k": torch.zeros(2, 2, 48, 8)}
+    assert Gates.of(tensors, model.spec, torch.float32, torch.device("cpu")).q.shape[3] == 8
+    tensors[name][1, 1, 3, 5] = value
+    with pytest.raises(CorruptBlock, match="do not fit this model"):
+        Gates.of(tensors, model.spec, torch.float32, torch.device("cpu"))
 
 
 class Cached:

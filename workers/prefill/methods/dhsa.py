@@ -40,7 +40,8 @@ class DHSA(TileListMethod):
     - `vsb` adds up products of tile sums, which equals adding up the products of single keys; soft-capping is not applied to
       them;
     - K is not repeated for grouped heads, and nothing loops over heads or tiles.
-    The last rows steer `vs` and `vsb`, so the method counts as not prefix-safe; `topk` and `a` by themselves would be.
+    The last rows steer `vs` and `vsb`, and with pooling="bands" all tiles steer the temperatures of `topk` and `a`, so the
+    method counts as not prefix-safe; `topk` and `a` with pooling="mean" by themselves would be.
     Layers with a sliding window, and prompts within one query tile, are left dense.
 
     Attributes:

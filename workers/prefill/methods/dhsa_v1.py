@@ -17,7 +17,7 @@ from winnow.workers.attention.plan import TileLists, TilePlan
 from winnow.workers.prefill import calibration
 from winnow.workers.prefill.base import TileListMethod, prefill_methods
 from winnow.workers.prefill.calibration import Calibration
-from winnow.workers.prefill.chunk_borders import BorderPredictor, parameter_shapes, pick_borders
+from winnow.workers.prefill.chunk_borders import MOST_REACH, BorderPredictor, parameter_shapes, pick_borders
 from winnow.workers.prefill.scoring import slabs
 
 if TYPE_CHECKING:
@@ -43,24 +43,19 @@ class Predictors:
         mean and deviation [n_layers, C], reach [].
 
         Raises:
-            CorruptBlock: shapes that do not fit the model.
+            CorruptBlock: shapes that do not fit the model, or numbers that are not finite or make no sense.
         """
-        shapes = {name: (*shape,) for name, shape in parameter_shapes(channels).items()}
-        whole = all(name in tensors for name in (*shapes, "mean", "deviation", "reach"))
-        counts = {tensors[name].shape[0] for name in shapes} if whole else set()
-        if (
-            counts not in ({1}, {n_layers})
-            or any(tensors[name].shape[1:] != shape for name, shape in shapes.items())
-            or any(tensors[name].shape != (n_layers, channels) for name in ("mean", "deviation"))
-        ):
+        params, reach = parameter_shapes(channels), calibration.whole_number(tensors.get("reach"), 1, MOST_REACH)
+        spread = {"mean": (n_layers, channels), "deviation": (n_layers, channels)}
+        found = {name: tensors[name] for name in (*params, *spread) if name in tensors}
+        shapes = {name: (*tensor.shape,) for name, tensor in found.items()}
+        n_stacks = next((n for n in (1, n_layers) if shapes == {name: (n, *own) for name, own in params.items()} | spread), 0)
+        if reach is None or not n_stacks or not calibration.are_numbers(found.values()) or bool((found["deviation"] <= 0).any()):
             raise CorruptBlock("dhsa-v1: its calibration does not fit this model; run `winnow calibrate dhsa-v1` again")
-        ready = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-        stacks = [{name: ready[name][i] for name in shapes} for i in range(counts.pop())]
+        ready = {name: tensor.to(device, torch.float32) for name, tensor in found.items()}
+        stacks = [{name: ready[name][i] for name in params} for i in range(n_stacks)]
         return cls(
-            tuple(
-                BorderPredictor(stacks[i % len(stacks)], ready["mean"][i], ready["deviation"][i], int(tensors["reach"]))
-                for i in range(n_layers)
-            ),
+            tuple(BorderPredictor(stacks[i % n_stacks], ready["mean"][i], ready["deviation"][i], reach) for i in range(n_layers)),
             digest,
         )
 
@@ -85,7 +80,9 @@ class DHSAv1(TileListMethod):
     and prompts within the budget, are left dense.
 
     Attributes:
-        budget: keys a block reads, its own among them.
+        budget: keys a block chooses, the first `global_tokens` and the last `local` ones among them. Those of its own keys that
+            it did not choose come on top: up to block - local of them, and up to block - 1 tokens before them where M - N is
+            no multiple of block, since its own keys then lie across two tiles, both of which are read.
         block: queries that share a choice: 32, 64 or 128.
         local: last tokens, up to the block's end, always read. global_tokens: first tokens, always read.
         instruction: last tokens of the prompt, where a border is and rows are dense.
@@ -187,7 +184,7 @@ class DHSAv1(TileListMethod):
         batch, _, m, _ = k.shape
         key = torch.arange(m, device=k.device)
         if self.chunk_tokens:
-            borders = (key % self.chunk_tokens == 0).expand(batch, m)
+            borders = (key % min(self.chunk_tokens, m) == 0).expand(batch, m)
         else:
             if self._predictors is None:
                 raise Unsupported(
@@ -196,12 +193,12 @@ class DHSAv1(TileListMethod):
             predictor = self._predictors.of_layer[layer.idx]
             scores = torch.stack([predictor.scores(keys) for keys in k.transpose(1, 2).flatten(2)])
             borders = pick_borders(scores, threshold=self.threshold, apart=self.apart, most=self._most_borders(m))
-        return borders | (key == 0) | (key == m - self.instruction)
+        return borders | (key == 0) | (key == m - min(self.instruction, m))
 
     def _most_borders(self, m: int) -> int:
         if self.chunk_tokens:
             return -(-m // self.chunk_tokens)
-        return max(1, m // self.block) * self.borders_per_block
+        return min(m, max(1, m // self.block) * self.borders_per_block)
 
     def _tokens(self, scores: Tensor, last: Tensor, chunks: Chunks, key: Tensor) -> Tensor:
         """[B, blocks, M] bool: the tokens that blocks read, `budget` of them at most.

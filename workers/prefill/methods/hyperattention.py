@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ class HyperAttention(PrefillMethod):
         samples: sampled keys of a square; 0 = none.
         min_seq_len: squares of fewer keys are exact.
         sink: first keys that every row reads exactly, whole tiles of them, at most min_seq_len.
-        per_head: draw directions and samples for each KV head.
+        per_head: draw directions and samples for each KV head, in order: a part of the heads draws otherwise than all of them,
+            so heads may not be split over devices then (`caps.tensor_parallel` of the instance).
         seed: of all draws.
         tile: tile size of the plan: 16, 32, 64 or 128.
     """
@@ -89,6 +91,8 @@ class HyperAttention(PrefillMethod):
                 f"hyperattention: sink must be whole tiles of {self.tile} tokens, 0 to min_seq_len = {self.min_seq_len}, "
                 f"got {self.sink}"
             )
+        if self.per_head:
+            object.__setattr__(self, "caps", dataclasses.replace(self.caps, tensor_parallel=False))
 
     def plan(self, q: Tensor, k: Tensor, layer: LayerSpec, raw: RawQK | None = None) -> TilePlan | None:
         """The pieces on the diagonal, and the squares below it as a residual. See the class.

@@ -42,17 +42,21 @@ class Network:
         "longest" [], the length they were trained for.
 
         Raises:
-            CorruptBlock: one is missing or does not fit the model.
+            CorruptBlock: one is missing, is not finite or does not fit the model.
         """
-        tensors = calibration.unrounded(tensors)
+        longest = calibration.whole_number(tensors.get("longest"), 1, spec.max_context)
         try:
+            tensors = calibration.unrounded(tensors)
             knots, features = (tensors[name].shape[1] for name in ("positions", "features"))
-            longest, columns = int(tensors["longest"]), tensors["map_norm"].shape[2]
-            sizes = Sizes(spec.n_q_heads, spec.head_size, longest, features, columns, knots)
-            fits = sizes.columns % UPSAMPLE == 0 and all(
-                tensors[name].shape == (spec.n_layers, *shape) for name, shape in sizes.shapes().items()
+            sizes = Sizes(spec.n_q_heads, spec.head_size, longest or 0, features, tensors["map_norm"].shape[2], knots)
+            fits = (
+                longest is not None
+                and min(knots, features, sizes.columns) >= 1
+                and sizes.columns % UPSAMPLE == 0
+                and all(tensors[name].shape == (spec.n_layers, *shape) for name, shape in sizes.shapes().items())
+                and calibration.are_numbers(tensors[name] for name in sizes.shapes())
             )
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, ValueError):
             fits = False
         if not fits:
             raise CorruptBlock("sea: its calibration file does not fit this model; run `winnow calibrate sea` again")
@@ -87,8 +91,8 @@ class SEA(PrefillMethod):
     - a row always reads its own key, so no head is empty; `sink` more from the start on request;
     - the sparse path described is the only one: training chooses keys by the same cells.
     Not prefix-safe although causal: the rows after a cached prefix would need the queries before it for the convolutions.
-    Keys are listed one by one, which no tensor core likes: expect no gain below 16K tokens. Layers with a sliding window shorter
-    than the keys are left dense.
+    Keys are listed one by one, which no tensor core likes: expect no gain below 16K tokens. Layers with a sliding window are
+    left dense.
 
     Attributes:
         k: keys per head and row to aim at. 7 and 64 are published; more than trained with is allowed and reads more.
@@ -168,7 +172,8 @@ class SEA(PrefillMethod):
         return wanted.clamp(1, heads * columns).long()
 
     def choose(self, log_map: Tensor, positions: Tensor) -> Tensor:
-        """The largest cells of each row over all heads, ties to the lower head and column.
+        """The largest cells of each row over all heads, ties to the lower head and column: always as many as `count` says, which
+        `keys_of_cells` relies on. A cell that is no number counts as the least.
 
         Args:
             log_map: [B, Hq, N, columns] of the rows at positions [N] int64.
@@ -177,7 +182,8 @@ class SEA(PrefillMethod):
             [B, Hq, N, columns] bool.
         """
         heads, n, columns = log_map.shape[1:]
-        kept = keep_top(log_map.transpose(1, 2).flatten(2), self.count(positions, heads, columns))  # [B, N, Hq columns]
+        finite = log_map.nan_to_num(torch.finfo(log_map.dtype).min)  # infinities become the largest and the least number
+        kept = keep_top(finite.transpose(1, 2).flatten(2), self.count(positions, heads, columns))  # [B, N, Hq columns]
         return kept.view(-1, n, heads, columns).transpose(1, 2)
 
     def _cells(self, network: Network, q: Tensor, k: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:

@@ -51,11 +51,12 @@ class Gates:
         """From the tensors "q" and "k" of a calibration, any float dtype, for the model of `spec`.
 
         Raises:
-            CorruptBlock: a tensor is missing or does not fit the model.
+            CorruptBlock: a tensor is missing, is not finite or does not fit the model.
         """
         q, k = tensors.get("q"), tensors.get("k")
         wanted_q, wanted_k = (spec.n_layers, spec.n_q_heads, spec.head_size), (spec.n_layers, spec.n_kv_heads, 3 * spec.head_size)
-        if q is None or k is None or q.dim() != 4 or q.shape[:3] != wanted_q or k.shape != (*wanted_k, q.shape[3]):
+        fits = q is not None and k is not None and q.dim() == 4 and q.shape[:3] == wanted_q and k.shape == (*wanted_k, q.shape[3])
+        if q is None or k is None or not fits or q.shape[3] < 2 or q.shape[3] % 2 or not calibration.are_numbers((q, k)):
             raise CorruptBlock(
                 "seerattention: its calibration file holds gates that do not fit this model; run `winnow calibrate seerattention`"
             )

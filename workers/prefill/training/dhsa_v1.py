@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from winnow.errors import ContextTooLong
+from winnow.errors import ContextTooLong, Unsupported
 from winnow.workers.attention.backend import LayerSpec, RawQK
 from winnow.workers.attention.executor import attend_plan
-from winnow.workers.prefill.chunk_borders import BorderPredictor, parameter_shapes
+from winnow.workers.prefill.chunk_borders import MOST_REACH, BorderPredictor, parameter_shapes
 from winnow.workers.prefill.scoring import logits_of
 from winnow.workers.prefill.training import OnProgress, texts
-from winnow.workers.prefill.training.options import need, parse_options
+from winnow.workers.prefill.training.options import need, need_rate, need_seed, parse_options
 from winnow.workers.prefill.training.state import TrainingState, pack, unpack
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Options:
         epochs: passes over all gaps. batch: gaps of a step. rate: of Adam; published: 0.0001, over far more text.
         positive: weight of the borders in the loss; 0 = as much as there are fewer of them. Its size decides how many gaps
             score above the method's threshold: with 16, 30 to 100 of 2,048 tokens of real text; with 6 or less, hardly any.
-        per_layer: 1 = a predictor for each layer, 0 = one that all layers share.
+        per_layer: 1 = a predictor for each layer without a window, 0 = one that all layers share.
         reach: tokens looked at on each side of a gap.
     """
 
@@ -55,12 +55,12 @@ class Options:
     reach: int = 4
 
     def __post_init__(self) -> None:
-        need(_METHOD, self.reach >= 1, "reach must be at least 1 token", self.reach)
+        need(_METHOD, 1 <= self.reach <= MOST_REACH, f"reach must be 1 to {MOST_REACH} tokens", self.reach)
         need(_METHOD, self.tokens >= 8 * self.reach, f"tokens must be at least {8 * self.reach}", self.tokens)
         for name in ("passages", "held_out", "batch"):
             need(_METHOD, getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         need(_METHOD, self.epochs >= 0, "epochs must be 0 or more", self.epochs)
-        need(_METHOD, self.rate > 0.0, "rate must be above 0", self.rate)
+        need_rate(_METHOD, self.rate)
         need(_METHOD, self.positive >= 0.0, "positive must be 0 or more", self.positive)
         need(_METHOD, self.per_layer in (0, 1), "per_layer must be 0 or 1", self.per_layer)
 
@@ -68,7 +68,7 @@ class Options:
 def calibrate(
     model: LoadedModel, *, on_progress: OnProgress | None = None, seed: int = 0, **options: object
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Train the border predictors on what dense attention does with passages of real text.
+    """Train the border predictors on what dense attention does with passages of real text, in the layers without a window.
 
     Args:
         model: frozen.
@@ -81,19 +81,25 @@ def calibrate(
         held-out passages: the loss, and how well scores rank gaps that the labels call borders (area under the ROC curve).
 
     Raises:
-        InvalidRequest: an option. ContextTooLong: `tokens` beyond the model's context.
+        InvalidRequest: an option or the seed, or a training that diverged.
+        ContextTooLong: `tokens` beyond the model's context.
+        Unsupported: every layer has a sliding window.
 
     Source: as `methods.dhsa_v1`; Adam, focal cross-entropy with gamma 2, two epochs. Deviation: general text only, where the
     published training adds question answering; one predictor shared by all layers unless per_layer is set.
     """
     chosen = parse_options(_METHOD, Options, options)
+    need_seed(_METHOD, seed)
     spec = model.spec
     if chosen.tokens > spec.max_context:
         raise ContextTooLong(f"calibrate {_METHOD}: tokens={chosen.tokens} is beyond the model's context of {spec.max_context}")
+    layers = [layer.idx for layer in spec.layers if not layer.window]
+    if not layers:
+        raise Unsupported(f"calibrate {_METHOD}: every layer has a window, and such layers stay dense")
     state = TrainingState(_METHOD, model.fingerprint, chosen, seed)
-    stacks = spec.n_layers if chosen.per_layer else 1
+    stacks = len(layers) if chosen.per_layer else 1
     n_read = chosen.passages + chosen.held_out
-    gaps = chosen.passages * spec.n_layers * len(usable_gaps(chosen.tokens, chosen.reach))
+    gaps = chosen.passages * len(layers) * len(usable_gaps(chosen.tokens, chosen.reach))
     n_steps = chosen.epochs * -(-gaps // (stacks * chosen.batch))
     total = n_read + -(-n_steps // _STEPS_A_UNIT)
 
@@ -108,6 +114,8 @@ def calibrate(
     trainee = Trainee(seen, stacks, chosen, seed)
     before = measure(trainee, unseen)
     train(trainee, seen, chosen, seed, state, lambda step: report(n_read + step // _STEPS_A_UNIT))
+    tensors = of_all_layers(trainee.tensors(), layers, spec.n_layers)
+    state.need_finite(tensors, chosen.rate)
     after = measure(trainee, unseen)
     report(total)
     made = {
@@ -117,7 +125,7 @@ def calibrate(
         "roc_area": f"before={before.roc_area:.4f} after={after.roc_area:.4f}",
         "share_of_borders": f"{after.share:.4f}",
     }
-    return trainee.tensors(), made
+    return tensors, made
 
 
 def usable_gaps(tokens: int, reach: int) -> Tensor:
@@ -126,12 +134,10 @@ def usable_gaps(tokens: int, reach: int) -> Tensor:
 
 
 def mean_attention(q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
-    """[N, N] float32: dense causal attention averaged over heads, head by head; q [Hq, N, D], k [Hkv, N, D]."""
+    """[N, N] float32: causal attention without a window, averaged over heads, head by head; q [Hq, N, D], k [Hkv, N, D]."""
     n, group = q.shape[1], q.shape[0] // k.shape[0]
     key = torch.arange(n, device=q.device)
     forbidden = key > key[:, None]
-    if layer.window:
-        forbidden |= key <= key[:, None] - layer.window
     out = torch.zeros(n, n, device=q.device)
     for head in range(q.shape[0]):
         out += logits_of(q[head], k[head // group], layer).masked_fill_(forbidden, -torch.inf).softmax(-1)
@@ -164,13 +170,14 @@ def focal_loss(scores: Tensor, labels: Tensor, positive: float) -> Tensor:
 
 @dataclass
 class _Recorder:
-    """Dense attention that keeps, of each layer, its keys side by side and the labels of its gaps."""
+    """Dense attention that keeps, of each layer without a window, its keys side by side and the labels of its gaps."""
 
     reach: int
     seen: list[Example] = field(default_factory=list)
 
     def attend(self, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, raw: RawQK) -> Tensor:
-        self.seen.append(example(q, k, layer, self.reach))
+        if not layer.window:  # the others stay dense, and are never cut
+            self.seen.append(example(q, k, layer, self.reach))
         out, _ = attend_plan(None, q[None], k[None], v[None], scale=layer.scale, softcap=layer.softcap, window=layer.window)
         return out[0]
 
@@ -188,7 +195,7 @@ def read_examples(
     """Run the model over passages; those in `state` are not run again.
 
     Returns:
-        keys [S, L, T, C] float16 and labels [S, L, G] float32, on the CPU.
+        keys [S, L, T, C] float16 and labels [S, L, G] float32, on the CPU, of the L layers without a window.
     """
     examples = []
     positions = torch.arange(chosen.tokens, device=model.decoder.device)
@@ -211,8 +218,8 @@ class Trainee:
     """Predictors while they learn.
 
     Attributes:
-        params: by the names of `parameter_shapes`, each [stacks, ...] float32; stacks is 1 or the number of layers.
-        mean, deviation: [L, C], of the keys of each layer.
+        params: by the names of `parameter_shapes`, [stacks, ...] float32 each; stacks is 1 or L, the layers learnt from.
+        mean, deviation: [L, C], of the keys of each of them.
     """
 
     def __init__(self, seen: Example, stacks: int, chosen: Options, seed: int) -> None:
@@ -244,9 +251,18 @@ class Trainee:
         return BorderPredictor(params, self.mean[layer], self.deviation[layer], self.reach)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved."""
+        """What is saved, of the layers learnt from."""
         params = {name: tensor.detach().half() for name, tensor in self.params.items()}
         return {**params, "mean": self.mean, "deviation": self.deviation, "reach": torch.tensor(self.reach)}
+
+
+def of_all_layers(tensors: dict[str, Tensor], layers: list[int], n_layers: int) -> dict[str, Tensor]:
+    """`Trainee.tensors` of some layers, by index, as tensors of a model of n_layers: the others get the first one's, unused."""
+    at = torch.tensor([layers.index(i) if i in layers else 0 for i in range(n_layers)])
+    own = {"mean", "deviation"}
+    if tensors["score_bias"].shape[0] > 1:  # a predictor each
+        own |= set(tensors) - {"reach"}
+    return {name: tensor[at.to(tensor.device)] if name in own else tensor for name, tensor in tensors.items()}
 
 
 def train(
@@ -311,9 +327,9 @@ def measure(trainee: Trainee, unseen: Example) -> Figures:
 
 
 def roc_area(scores: Tensor, is_border: Tensor) -> float:
-    """How often a border scores above another gap; 0.5 = by chance, nan where there is only one kind."""
+    """How often a border scores above another gap, ties counted half; 0.5 = by chance, nan where there is only one kind."""
     n_borders = int(is_border.sum())
-    rank = torch.empty(len(scores), dtype=torch.float64)
-    rank[scores.argsort(stable=True)] = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    _, which, count = scores.unique(return_inverse=True, return_counts=True)  # sorted
+    rank = (count.cumsum(0) - (count - 1) / 2).double()[which]  # the mean of the ranks that equal scores share
     pairs = n_borders * (len(scores) - n_borders)
     return float((rank[is_border].sum() - n_borders * (n_borders + 1) / 2) / pairs) if pairs else float("nan")

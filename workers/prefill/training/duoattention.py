@@ -15,7 +15,7 @@ from winnow.workers.prefill.methods.duoattention import counted_layers, streamin
 from winnow.workers.prefill.training import OnProgress, texts
 from winnow.workers.prefill.training.attention_entropy import attention_entropies
 from winnow.workers.prefill.training.mixed_heads import MixedHeads
-from winnow.workers.prefill.training.options import need, parse_options
+from winnow.workers.prefill.training.options import need, need_rate, need_seed, parse_options
 from winnow.workers.prefill.training.passkeys import Passkeys, passkey_prompts
 from winnow.workers.prefill.training.state import TrainingState, pack, unpack
 
@@ -55,7 +55,7 @@ class Options:
             need(_METHOD, getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         need(_METHOD, self.steps >= 0, "steps must be 0 or more", self.steps)
         need(_METHOD, self.sink >= 0, "sink must be 0 or more", self.sink)
-        need(_METHOD, self.rate > 0.0, "rate must be above 0 (0.02 is published)", self.rate)
+        need_rate(_METHOD, self.rate, " (0.02 is published)")
         need(_METHOD, self.l1 >= 0.0, "l1 must be 0 or more (0.05 is published)", self.l1)
         room = self.sink + self.recent
         need(_METHOD, self.tokens >= 2 * room, f"tokens must be at least {2 * room}, twice sink + recent", self.tokens)
@@ -78,7 +78,7 @@ def calibrate(
         ones, and those whose attention has the highest entropy on the first prompts.
 
     Raises:
-        InvalidRequest: an option. ContextTooLong: `tokens` beyond the model's context.
+        InvalidRequest: an option or the seed, or a training that diverged. ContextTooLong: `tokens` beyond the model's context.
 
     Source: as `methods.duoattention`. The loss is the mean squared difference between final hidden states with mixed and with
     full attention, over the rows that predict answer tokens, plus l1 times the mean score; AdamW without weight decay, scores
@@ -87,6 +87,7 @@ def calibrate(
     sliding window keep their heads as they are, unless every layer has one.
     """
     chosen = parse_options(_METHOD, Options, options)
+    need_seed(_METHOD, seed)
     if chosen.tokens > model.spec.max_context:
         raise ContextTooLong(f"calibrate {_METHOD}: tokens is {chosen.tokens}, the model's context {model.spec.max_context}")
     state = TrainingState(_METHOD, model.fingerprint, chosen, seed)
@@ -103,6 +104,7 @@ def calibrate(
     scores, first_loss, last_loss = learn(
         model, mixed, prompts, targets, chosen, state, lambda step: report(chosen.prompts + 3 * step)
     )
+    state.need_finite({"scores": scores}, chosen.rate)
     data = f"{chosen.prompts} prompts of {chosen.tokens} tokens, {chosen.keys} passkeys of {chosen.words} words each, in "
     made = {
         "data": f"{data}{texts.ABOUT}",

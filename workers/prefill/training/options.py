@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     T = TypeVar("T", bound=DataclassInstance)
 
+MOST_RATE = 1e30  # any training diverges far below it, and ten times a rate must be a float32
+MOST_SEED = 2**31 - 1  # times a million and something it still is a generator's seed
+
 
 def parse_options(method: str, kind: type[T], given: Mapping[str, object]) -> T:
     """An instance of `kind` with these values, each an int, a float or a text of one, as the field's default is.
@@ -35,6 +38,17 @@ def parse_options(method: str, kind: type[T], given: Mapping[str, object]) -> T:
             raise InvalidRequest(f"calibrate {method}: {name} must be {kind_of(known[name])}, got {value!r:.40}") from None
         kept[name] = wanted(number)
     return kind(**kept)
+
+
+def need_seed(method: str, seed: int) -> None:
+    """Raise InvalidRequest unless a training can be seeded with `seed`."""
+    if not 0 <= seed <= MOST_SEED:
+        raise InvalidRequest(f"calibrate {method}: --seed must be 0 to {MOST_SEED}, got {seed}; 0 is the default")
+
+
+def need_rate(method: str, rate: float, hint: str = "") -> None:
+    """Raise InvalidRequest unless an optimiser can learn at `rate`; the hint is of a usual one."""
+    need(method, 0.0 < rate <= MOST_RATE, f"rate must be above 0 and at most {MOST_RATE:g}{hint}", rate)
 
 
 def need(method: str, holds: bool, what: str, got: object) -> None:

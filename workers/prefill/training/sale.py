@@ -15,7 +15,7 @@ from winnow.workers.attention.executor import attend_plan
 from winnow.workers.model.tokenizer import Tokenizer
 from winnow.workers.prefill.methods.sale import DENSE_TAU, SALE
 from winnow.workers.prefill.training import OnProgress
-from winnow.workers.prefill.training.options import need, parse_options
+from winnow.workers.prefill.training.options import need, need_seed, parse_options
 from winnow.workers.prefill.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -66,13 +66,14 @@ def calibrate(
         {"tau": [L, Hq] float32, "error": [L, Hq] and "density": [L, Hq] float32 on one more prompt}, and how they were made.
 
     Raises:
-        InvalidRequest: an option.
+        InvalidRequest: an option or the seed.
         ContextTooLong: `tokens` beyond the model's context.
         Unsupported: every layer has a sliding window.
 
     Source: as `methods.sale`, section 3.4. Each finished prompt is kept: a second call goes on after the last one.
     """
     chosen = parse_options(_METHOD, Options, options)
+    need_seed(_METHOD, seed)
     spec = model.spec
     if chosen.tokens > spec.max_context:
         raise ContextTooLong(f"calibrate {_METHOD}: tokens={chosen.tokens} is beyond the model's context of {spec.max_context}")

@@ -19,7 +19,7 @@ from winnow.workers.prefill.methods.sea import SEA, cell_edges, running_mean
 from winnow.workers.prefill.scoring import logits_of
 from winnow.workers.prefill.sea_network import UPSAMPLE, Sizes, draw_map
 from winnow.workers.prefill.training import OnProgress, texts
-from winnow.workers.prefill.training.options import need, parse_options
+from winnow.workers.prefill.training.options import need, need_rate, need_seed, parse_options
 from winnow.workers.prefill.training.state import TrainingState, pack, unpack
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Options:
     def __post_init__(self) -> None:
         need(_METHOD, self.tokens >= 64, "tokens must be at least 64", self.tokens)
         need(_METHOD, self.steps >= 0, "steps must be 0 or more", self.steps)
-        need(_METHOD, self.rate > 0.0, "rate must be above 0", self.rate)
+        need_rate(_METHOD, self.rate)
         for name in ("rows", "held_out", "k", "factor", "knots"):
             need(_METHOD, getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         whole = self.columns >= UPSAMPLE and self.columns % UPSAMPLE == 0
@@ -83,7 +83,7 @@ def calibrate(
         (beside that of a uniform map), share of the attention mass on the keys read, and the error of the layers' outputs.
 
     Raises:
-        InvalidRequest: an option.
+        InvalidRequest: an option or the seed, or a training that diverged.
         ContextTooLong: `tokens` beyond the model's context.
         Unsupported: every layer has a sliding window.
 
@@ -95,6 +95,7 @@ def calibrate(
     nothing before them; a higher rate, on a schedule.
     """
     chosen = parse_options(_METHOD, Options, options)
+    need_seed(_METHOD, seed)
     spec = model.spec
     if chosen.tokens > spec.max_context:
         raise ContextTooLong(f"calibrate {_METHOD}: tokens is {chosen.tokens}, the model's context {spec.max_context}")
@@ -115,6 +116,7 @@ def calibrate(
         state.write("before", before)
     train(distiller, model, chosen, seed, state, lambda step: report(chosen.held_out + step))
     tensors = calibration.rounded(distiller.params)
+    state.need_finite(tensors, chosen.rate)
     distiller.params = {name: tensor.to(model.decoder.device) for name, tensor in calibration.unrounded(tensors).items()}
     after = distiller.measure(model, unseen, lambda done: report(chosen.held_out + chosen.steps + done))
     made = {

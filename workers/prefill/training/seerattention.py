@@ -18,7 +18,7 @@ from winnow.workers.prefill.methods.seerattention import BLOCK, gate_frequencies
 from winnow.workers.prefill.scoring import diagonal_tiles, forbidden_tiles, pool_mean
 from winnow.workers.prefill.tile_truth import normalised, tile_probabilities
 from winnow.workers.prefill.training import OnProgress, texts
-from winnow.workers.prefill.training.options import need, parse_options
+from winnow.workers.prefill.training.options import need, need_rate, need_seed, parse_options
 from winnow.workers.prefill.training.state import TrainingState, pack, unpack
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Options:
         for name in ("passages", "held_out", "batch"):
             need(_METHOD, getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         need(_METHOD, self.steps >= 0, "steps must be 0 or more", self.steps)
-        need(_METHOD, self.rate > 0.0, "rate must be above 0 (0.001 is published)", self.rate)
+        need_rate(_METHOD, self.rate, " (0.001 is published)")
         need(_METHOD, self.width >= 2 and self.width % 2 == 0, "width must be even and at least 2", self.width)
 
 
@@ -78,7 +78,7 @@ def calibrate(
         nats, and the attention mass kept at some densities, beside gates untrained, mean pooling, and the best tiles there are.
 
     Raises:
-        InvalidRequest: an option.
+        InvalidRequest: an option or the seed, or a training that diverged.
         ContextTooLong: `tokens` beyond the model's context.
         Unsupported: every layer has a sliding window.
 
@@ -88,6 +88,7 @@ def calibrate(
     every step; no weight decay.
     """
     chosen = parse_options(_METHOD, Options, options)
+    need_seed(_METHOD, seed)
     if all(layer.window for layer in model.spec.layers):
         raise Unsupported(f"calibrate {_METHOD}: every layer has a window, and such layers stay dense")
     state = TrainingState(_METHOD, model.fingerprint, chosen, seed)
@@ -107,6 +108,8 @@ def calibrate(
     gates = Trainee(model, chosen.width, seed)
     before = measure(gates, unseen)
     train(gates, seen, chosen, seed, state, lambda step: report(n_read + step // _STEPS_A_UNIT))
+    tensors = {"q": gates.q.detach().half(), "k": gates.k.detach().half()}
+    state.need_finite(tensors, chosen.rate)
     after = measure(gates, unseen)
     report(total)
     made = {
@@ -118,7 +121,7 @@ def calibrate(
     for density in DENSITIES:
         figures = {"gate": after.gate, "untrained": before.gate, "mean_pooling": after.mean_pooling, "oracle": after.oracle}
         made[f"recall_at_density_{density}"] = " ".join(f"{name}={recall[density]:.4f}" for name, recall in figures.items())
-    return {"q": gates.q.detach().half(), "k": gates.k.detach().half()}, made
+    return tensors, made
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from winnow.config import home
+from winnow.errors import InvalidRequest
 
 
 class TrainingState:
@@ -23,6 +24,7 @@ class TrainingState:
     """
 
     def __init__(self, method: str, fingerprint: str, options: object, seed: int) -> None:
+        self.method = method
         digest = xxhash.xxh3_64_hexdigest(f"{options!r} {seed}".encode())
         self.folder: Path = home() / "calibration" / f"{method}-{fingerprint[:16]}-{digest}.training"
 
@@ -42,6 +44,23 @@ class TrainingState:
             partial.replace(self.folder / f"{name}.safetensors")
         finally:
             partial.unlink(missing_ok=True)
+
+    def need_finite(self, tensors: Mapping[str, Tensor], rate: float) -> None:
+        """Let nobody use a training that diverged, or its state: to go on with that would end the same.
+
+        Args:
+            tensors: what is to be saved, in the dtype it is saved in: float16 ends at 65,504. rate: of the training.
+
+        Raises:
+            InvalidRequest: one is not finite.
+        """
+        diverged = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+        if diverged is not None:
+            self.remove()
+            raise InvalidRequest(
+                f"calibrate {self.method}: rate={rate} is too high: what was learnt ({diverged}) is not finite; try a tenth of "
+                "it, or --dtype fp32 where the model's own numbers overflow"
+            )
 
     def remove(self) -> None:
         """Forget everything."""
