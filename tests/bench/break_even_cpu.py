@@ -40,6 +40,7 @@ from winnow.workers.attention.backend import LayerSpec
 from winnow.workers.attention.executor import attend_plan
 from winnow.workers.model.loader import load_model
 from winnow.workers.prefill.base import prefill_methods
+from winnow.workers.prefill.costs import device_kind
 
 LAYER = LayerSpec(0, 9, 3, 64, 64**-0.5)
 CONTROL = "dense (torch's fused CPU attention)"
@@ -118,7 +119,7 @@ def cell(at: str, spec: str, x: Workload) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--write", action="store_true", help="write results/break_even_cpu_<dtype>.json")
+    parser.add_argument("--write", action="store_true", help="write results/break_even_<kind of device>.json")
     parser.add_argument("--seconds", type=float, default=600.0, help="after which no new cell is begun")
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
     options = parser.parse_args()
@@ -135,7 +136,7 @@ def main() -> None:
             short = "  ".join(f"{r.name.rpartition('/')[2]} {r.value:.2f} ({r.ratio:.3f})" for r in found) or "left dense"
             print(f"{at:20} {spec:48} {short}", flush=True)
     if options.write:
-        write(f"break_even_cpu_{options.dtype}.json", rows)
+        write(f"break_even_{device_kind(torch.device('cpu'), dtype)}.json", rows)
 
 
 if __name__ == "__main__":

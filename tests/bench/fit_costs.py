@@ -50,6 +50,7 @@ CAPTURED = (9, 64)  # query heads and head size of the default model, whose laye
 DEVICES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "cpu_float32": (("break_even_cpu_float32.json",), 9, 64),
     "cpu_bfloat16": (("break_even_cpu_bfloat16.json",), 9, 64),
+    "cpu_bfloat16_amx": (("break_even_cpu_bfloat16_amx.json",), 9, 64),
     "sm_90_16": (("prefill_h100.json", "executor_h100.json"), 32, 128),
 }
 

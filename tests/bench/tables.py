@@ -31,7 +31,8 @@ class View(NamedTuple):
 
 
 _RATE = "TFLOP/s on kept pairs over those of the dense control"
-NOT_SHOWN = {"break_even_cpu_bfloat16", "break_even_cpu_float32"}  # what workers/prefill/costs.json is fitted to
+# what workers/prefill/costs.json is fitted to
+NOT_SHOWN = {"break_even_cpu_bfloat16", "break_even_cpu_bfloat16_amx", "break_even_cpu_float32"}
 FRONT = (
     "executor_h100",
     "prefill_h100",

@@ -164,8 +164,11 @@ def test_costs_of_a_gpu_are_those_of_16_bit_values(monkeypatch: pytest.MonkeyPat
     assert costs_of(hopper, torch.float32) is None, "nobody measured the general kernel on them"
 
 
-def test_this_machine_has_costs() -> None:
-    assert device_kind(CPU, torch.bfloat16) == "cpu_bfloat16"
+@pytest.mark.parametrize("amx", [False, True])
+def test_this_machine_has_costs(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert device_kind(CPU, torch.bfloat16) == ("cpu_bfloat16_amx" if amx else "cpu_bfloat16")
+    assert device_kind(CPU, torch.float32) == "cpu_float32"
     for dtype in (torch.float32, torch.bfloat16):
         assert costs_of(CPU, dtype) is not None
     assert costs_of(CPU, torch.float16) is None
