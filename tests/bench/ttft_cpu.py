@@ -35,6 +35,7 @@ from winnow.types import MethodChoice, Sampling
 from winnow.workers.engine import LocalEngine
 from winnow.workers.model.loader import LoadedModel, load_model
 from winnow.workers.prefill.break_even import dense_share
+from winnow.workers.prefill.costs import device_kind
 from winnow.workers.prefill.job import PrefillResult
 
 LENGTHS = "1024,2048,4096,8064"
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--lengths", default=LENGTHS)
     parser.add_argument("--methods", default=METHODS, help="semicolon-separated specs")
     parser.add_argument("--seconds", type=float, default=100.0, help="for a length, in which each runs twice at least")
-    parser.add_argument("--write", action="store_true", help="write results/ttft_cpu.json")
+    parser.add_argument("--write", action="store_true", help="write results/ttft_cpu.json, or ttft_cpu_amx.json")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = load_model("default")
@@ -100,7 +101,8 @@ def main() -> None:
         engine.prefill.stop()
         engine.store.close()
     if options.write:
-        write("ttft_cpu.json", rows, machine=f"{describe_machine()}, {model.dtype_name}")
+        amx = device_kind(model.decoder.device, model.decoder.dtype).endswith("_amx")
+        write(f"ttft_cpu{'_amx' if amx else ''}.json", rows, machine=f"{describe_machine()}, {model.dtype_name}")
 
 
 if __name__ == "__main__":

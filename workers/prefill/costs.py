@@ -141,8 +141,8 @@ def costs_of(device: torch.device, dtype: torch.dtype, file: Path = FILE) -> Dev
 
 
 def device_kind(device: torch.device, dtype: torch.dtype) -> str:
-    """ "cpu_float32"; "cpu_bfloat16", and "cpu_bfloat16_amx" on a processor with matrix tiles, where dense attention gains more from
-    them than the small pieces of a plan; "sm_90_16" for 16-bit values on a CUDA device of compute capability 9.0 (H100, H200):
+    """ "cpu_float32"; "cpu_bfloat16", and "cpu_bfloat16_amx" on a processor with matrix tiles, which dense attention gains more
+    from than the small pieces of a plan; "sm_90_16" for 16-bit values on a CUDA device of compute capability 9.0 (H100, H200):
     both kinds of them take the same kernels there."""
     if device.type != "cuda":
         amx = device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
