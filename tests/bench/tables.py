@@ -39,8 +39,16 @@ FRONT = (
     "quality",
     "ttft_served_h100",
     "ttft_cpu",
+    "ttft_cpu_amx",
     "spine_cpu",
 )  # in the README, by the first view
+_TTFT_CPU = View(
+    r"ttft/(\d+)/(.+)",
+    r"\2",
+    r"\1",
+    "a real text in the default model, end to end, by tokens; time over dense: as served, in one piece, and with the method in "
+    "every layer, whether that pays or not",
+)
 VIEWS: dict[str, tuple[View, ...]] = {
     "executor_h100": (
         View(
@@ -97,15 +105,8 @@ VIEWS: dict[str, tuple[View, ...]] = {
             ("density", "recall", "error"),
         ),
     ),
-    "ttft_cpu": (
-        View(
-            r"ttft/(\d+)/(.+)",
-            r"\2",
-            r"\1",
-            "a real text in the default model, end to end, by tokens; time over dense: as served, in one piece, and with the "
-            "method in every layer, whether that pays or not",
-        ),
-    ),
+    "ttft_cpu": (_TTFT_CPU,),
+    "ttft_cpu_amx": (_TTFT_CPU,),
     "ttft_served_h100": (
         View(
             r"ttft_served/(\d+)/(.+)",
