@@ -58,6 +58,11 @@ class Row:
     attend_ratio: float | None = None
 
     @property
+    def shown_density(self) -> float | None:
+        """What stands beside recall: of the prompts measured, of all where none was."""
+        return self.density if self.measured_density is None else self.measured_density
+
+    @property
     def quality(self) -> float | None:
         """Of dense's on the same prompts, which are not everybody's: its score, without answers its likelihood; of a score of 0
         no share can be kept, and the score itself stands for it."""

@@ -49,7 +49,7 @@ _COLUMNS = (
     _Column("quality", "same\nanswer", lambda row: row.same_answer, ".0%"),
     _Column("quality", "perplexity\n/ dense", lambda row: row.perplexity_ratio, ".3f"),
     _Column("quality", "KL,\nnats", lambda row: row.kl, kl_text),
-    _Column("attention", "density", lambda row: row.density if row.measured_density is None else row.measured_density, ".3f"),
+    _Column("attention", "density", lambda row: row.shown_density, ".3f"),
     _Column("attention", "recall\nmean", lambda row: row.recall_mean, ".4f"),
     _Column("attention", "recall\np5", lambda row: row.recall_p5, ".3f"),
     _Column("attention", "recall\nmin", lambda row: row.recall_min, ".3f"),

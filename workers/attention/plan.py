@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -170,10 +170,11 @@ class TilePlan:
         full, _, diagonal = tile_kinds(n_rows, n_keys, block_q, block_k, mask.device)
         wanted = mask | diagonal
         heads = _csr_heads(*mask.shape[:2], n_rows, n_keys, block_q, block_k, mask.device)
-        for name, given in (("head_class", head_class), ("sink", sink), ("recent", recent), ("row_intervals", row_intervals)):
-            if given is not None and (given.shape[:2] if name == "row_intervals" else given.shape) != mask.shape[:2]:
-                raise InvalidRequest(f"plan: {name} must {'begin with' if name == 'row_intervals' else 'be'} [B, Hm] = "
-                                     f"{list(mask.shape[:2])}, got {list(given.shape)}")  # fmt: skip
+        for name, given in (("head_class", head_class), ("sink", sink), ("recent", recent)):
+            if given is not None and given.shape != mask.shape[:2]:
+                raise InvalidRequest(f"plan: {name} must be [B, Hm] = {list(mask.shape[:2])}, got {list(given.shape)}")
+        if row_intervals is not None and row_intervals.shape[:2] != mask.shape[:2]:
+            raise InvalidRequest(f"plan: row_intervals must begin with {list(mask.shape[:2])}, got {list(row_intervals.shape)}")
         kinds, class_, partial = frozenset({HeadClass.CSR}), heads.head_class, heads.partial
         if head_class is not None:
             streams = sink is not None and recent is not None
@@ -204,8 +205,8 @@ class TilePlan:
         )
 
     @classmethod
-    def _made(cls, *fields: Any, **others: Any) -> TilePlan:
-        plan = cls(*fields, **others)
+    def _made(cls, *values: Any, **others: Any) -> TilePlan:
+        plan = cls(*values, **others)
         object.__setattr__(plan, "is_made", True)
         return plan
 
@@ -247,14 +248,15 @@ class TilePlan:
         if intervals.dim() != 4:
             raise InvalidRequest(f"plan: row_intervals must be [B, Hm, N, 2], got {list(intervals.shape)}")
         batch, heads, n = intervals.shape[:3]
-        plan = cls._uniform(HeadClass.INTERVAL, 0, 1, batch, heads, n, n_keys, block_q, block_k, intervals.device)
-        made = {f.name: getattr(plan, f.name) for f in fields(plan) if f.init}
-        return cls._made(**{**made, "row_intervals": causal_intervals(intervals, n, n_keys)})
+        return cls._uniform(
+            HeadClass.INTERVAL, 0, 1, batch, heads, n, n_keys, block_q, block_k, intervals.device,
+            row_intervals=causal_intervals(intervals, n, n_keys),
+        )  # fmt: skip
 
     @classmethod
     def _uniform(
         cls, kind: HeadClass, sink: int, recent: int, batch: int, heads: int, n: int, m: int, bq: int, bk: int,
-        device: torch.device | str,
+        device: torch.device | str, row_intervals: Tensor | None = None,
     ) -> TilePlan:  # fmt: skip
         n_q, _ = tile_counts(n, m, bq, bk)
         none = TileLists.empty(batch * heads * n_q, device)
@@ -266,6 +268,7 @@ class TilePlan:
             torch.full(shape, sink, dtype=torch.int32, device=device),
             torch.full(shape, recent, dtype=torch.int32, device=device),
             frozenset({kind}),
+            row_intervals=row_intervals,
         )  # fmt: skip
 
     def tile_mask(self, first: int = 0, end: int | None = None) -> Tensor:

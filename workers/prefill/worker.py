@@ -330,7 +330,7 @@ class PrefillEngine:
         lease, task.lease = task.lease, None
         try:
             self._emit(task, result)
-        except Exception:
+        except BaseException:
             task.lease = lease  # nobody took it over
             raise
         if isinstance(result, PrefillResult) and result.density < 1.0:

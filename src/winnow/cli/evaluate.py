@@ -288,7 +288,7 @@ def _show(rows: list[Row], how: str) -> None:
             ("ppl", lambda row: row.perplexity_ratio, ".3f"),
             ("KL", lambda row: row.kl, kl_text),
             ("recall", lambda row: row.recall_mean, ".4f"),
-            ("density", lambda row: row.density if row.measured_density is None else row.measured_density, ".3f"),
+            ("density", lambda row: row.shown_density, ".3f"),
             ("time", lambda row: row.time_ratio, ".2f"),
         ]
         if not alike:  # scores of different prompts say nothing beside each other

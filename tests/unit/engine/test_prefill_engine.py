@@ -416,12 +416,13 @@ def test_a_failing_method_fails_its_job_alone(rig: MakeRig, error: BaseException
 
 
 @pytest.mark.promise("R3")
-def test_a_receiver_that_raises_loses_its_job_and_nothing_else(rig: MakeRig) -> None:
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_receiver_that_raises_loses_its_job_and_nothing_else(rig: MakeRig, error: type[BaseException]) -> None:
     r = rig()
 
     def refuse(event: Any) -> None:
         if isinstance(event, PrefillResult):
-            raise ValueError("receiver is gone")
+            raise error("receiver is gone")
 
     wait(r.prefill.submit(PrefillJob("r", prompt(100)), refuse))
     r.assert_idle()

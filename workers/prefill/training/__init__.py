@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
-from winnow.errors import Unsupported
+from winnow.errors import UnknownName, Unsupported
 from winnow.workers.prefill.base import prefill_methods
 from winnow.workers.prefill.training.options import parse_options
 from winnow.workers.prefill.training.state import TrainingState
@@ -55,9 +55,11 @@ def trainer(method: str) -> Trainer:
     Raises:
         UnknownName: no prefill method of this name. Unsupported: the method needs no calibration.
     """
+    learners = ", ".join(_MODULES)
+    if method not in prefill_methods.names():
+        raise UnknownName(f"calibrate: no method {method!r:.40} (those that learn: {learners})")
     if method not in _MODULES:
-        prefill_methods.get(method)
-        raise Unsupported(f"{method}: needs no calibration, use it as it is (calibrated methods: {', '.join(_MODULES)})")
+        raise Unsupported(f"{method}: needs no calibration, use it as it is (calibrated methods: {learners})")
     return cast(Trainer, _module(method).calibrate)
 
 
