@@ -63,7 +63,7 @@ RECALL = 0.95
 LADDERS: dict[str, tuple[str, ...]] = {  # the most promising first: where time runs out, the last are left out
     "recall": ("recall:recall=0.95", "recall:recall=0.96", "recall:recall=0.97"),
     "xattention": tuple(f"xattention:threshold={x}" for x in (0.9, 0.91, 0.93, 0.95)),
-    "flashprefill": tuple(f"flashprefill:alpha={x}" for x in (0.01, 0.004, 0.002, 0.001)),
+    "flashprefill": tuple(f"flashprefill:alpha={x}" for x in (0.01, 0.007, 0.003, 0.0018, 0.001)),
     "minference": tuple(f"minference:vertical_tokens=1000,slash_tokens={x}" for x in (800, 6096, 16000)),
     "flexprefill": tuple(f"flexprefill:gamma={x}" for x in (0.9, 0.95, 0.98)),
     "prism": tuple(f"prism:threshold={x}" for x in (0.9, 0.95, 0.98)),
